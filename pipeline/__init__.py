@@ -1,0 +1,30 @@
+"""Shards on disk -> batches on the device. `from pipeline import ShardSet, ColorStats, TrainLoader, EvalLoader`.
+
+Names are resolved on first use, so that `import pipeline.console` does not pull in DALI and torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pipeline.colorstats import ColorStats
+    from pipeline.errors import UserError
+    from pipeline.loader import Batch, EvalLoader, TrainLoader
+    from pipeline.shardset import ShardSet
+
+__all__ = ["Batch", "ColorStats", "EvalLoader", "ShardSet", "TrainLoader", "UserError"]
+
+_HOME = {
+    "Batch": "pipeline.loader",
+    "ColorStats": "pipeline.colorstats",
+    "EvalLoader": "pipeline.loader",
+    "ShardSet": "pipeline.shardset",
+    "TrainLoader": "pipeline.loader",
+    "UserError": "pipeline.errors",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'pipeline' has no attribute {name!r}; it has {', '.join(__all__)}")
+    return getattr(import_module(_HOME[name]), name)

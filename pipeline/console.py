@@ -1,0 +1,182 @@
+"""How every command speaks: results on stdout, progress on stderr, one-line errors, exit codes.
+
+The decision that shaped it: commands raise, and `run` alone turns exceptions into words and a status (0 done, 1
+failed, 2 wrong usage, 130 after SIGINT, 143 after SIGTERM). rich and everything heavy is imported on use, so that
+`--help` stays instant. Left out: what the commands say; that is theirs.
+"""
+
+import errno
+import json
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from types import FrameType, TracebackType
+from typing import Any, NoReturn
+
+import click
+
+from pipeline.errors import UserError
+
+STATUS_FAILED, STATUS_USAGE, STATUS_SIGINT, STATUS_SIGTERM = 1, 2, 130, 143
+PLAIN_INTERVAL_S = 10.0
+
+_debug = False
+
+
+class Terminated(BaseException):
+    """SIGTERM, raised where it arrives so that clean-up code runs."""
+
+
+def _set_debug(_context: click.Context, _parameter: click.Parameter, value: bool) -> None:
+    global _debug
+    _debug = _debug or value
+
+
+class Command(click.Command):
+    """A click command that also takes --debug."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.params.append(
+            click.Option(
+                ["--debug"],
+                is_flag=True,
+                expose_value=False,
+                callback=_set_debug,
+                help="Show the traceback of an error.",
+            )
+        )
+
+
+class Group(click.Group):
+    command_class = Command
+
+
+def run(command: click.Command) -> NoReturn:
+    """Run `command` on sys.argv as the whole process, and exit with the status its outcome means."""
+    signal.signal(signal.SIGTERM, _raise_terminated)
+    try:
+        result = command.main(standalone_mode=False)
+        status = result if isinstance(result, int) else 0
+    except click.Abort:
+        status = _complain("interrupted", STATUS_SIGINT)
+    except Terminated:
+        status = _complain("terminated", STATUS_SIGTERM)
+    except click.ClickException as error:
+        error.show()
+        status = error.exit_code
+    except UserError as error:
+        status = _complain(f"error: {error}", STATUS_FAILED)
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader of our output has left: nobody to tell
+        status = STATUS_FAILED
+    except OSError as error:
+        status = _complain(f"error: {explain_os_error(error)}", STATUS_FAILED)
+    except Exception as error:  # noqa: BLE001 - a defect of ours, reported as one
+        what = " ".join(str(error).split())
+        hint = "" if _debug else "; --debug shows the traceback"
+        status = _complain(f"internal error: {type(error).__name__}: {what}{hint}", STATUS_FAILED)
+    sys.exit(status)
+
+
+def _raise_terminated(_signal: int, _frame: FrameType | None) -> None:
+    raise Terminated
+
+
+def _complain(line: str, status: int) -> int:
+    if _debug:
+        traceback.print_exc()
+    click.echo(line, err=True)
+    return status
+
+
+def explain_os_error(error: OSError) -> str:
+    """One line for a failed system call: what, which file, what to do."""
+    remedies = {
+        errno.ENOSPC: "free some space or choose another folder",
+        errno.EDQUOT: "free some of your quota or choose another folder",
+        errno.EACCES: "choose a folder you may write, or change its permissions",
+        errno.EPERM: "choose a folder you may write, or change its permissions",
+        errno.EROFS: "choose a folder on a writable file system",
+        errno.ENOTDIR: "a part of that path is a file; choose another folder",
+    }
+    where = f"{error.filename}: " if error.filename else ""
+    remedy = f"; {remedies[error.errno]}" if error.errno in remedies else ""
+    return f"{where}{error.strerror or error}{remedy}"
+
+
+def say(text: str) -> None:
+    """A result, to stdout."""
+    click.echo(text)
+
+
+def note(text: str) -> None:
+    """A remark about the work, to stderr."""
+    click.echo(text, err=True)
+
+
+def print_json(value: dict[str, Any]) -> None:
+    """The single JSON object that --json promises, to stdout."""
+    click.echo(json.dumps(value, indent=1))
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table to stdout: the first column left-aligned, the others right-aligned."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    for position, column in enumerate(columns):
+        table.add_column(column, justify="right" if position else "left")
+    for row in rows:
+        table.add_row(*row)
+    Console(soft_wrap=not sys.stdout.isatty()).print(table)
+
+
+class Progress:
+    """Progress on stderr: a rich bar on a terminal, else a plain line at most every ten seconds.
+
+    `with Progress("sharding", 1000, "images") as progress: progress.advance(5, failures="0")`
+    """
+
+    def __init__(self, label: str, total: int, unit: str) -> None:
+        self._label, self._total, self._unit = label, total, unit
+        self._done = 0
+        self._start_s = self._said_s = time.monotonic()
+        self._draw: Callable[[str], None] | None = None
+        self._bar: Any = None
+
+    def __enter__(self) -> "Progress":
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+            notes = (TextColumn("{task.fields[notes]}"), TimeRemainingColumn())
+            self._bar = Progress(*columns, *notes, console=Console(stderr=True))
+            task = self._bar.add_task(self._label, total=self._total, notes="")
+            self._draw = lambda notes: self._bar.update(task, completed=self._done, notes=notes)
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def advance(self, amount: int, **notes: str) -> None:
+        """Count `amount` more as done; `notes` are shown beside the rate."""
+        self._done += amount
+        now_s = time.monotonic()
+        rate = self._done / max(now_s - self._start_s, 1e-9)
+        shown = "  ".join([f"{rate:,.0f} {self._unit}/s", *(f"{name} {value}" for name, value in notes.items())])
+        if self._draw:
+            self._draw(shown)
+        elif now_s - self._said_s >= PLAIN_INTERVAL_S:
+            self._said_s = now_s
+            left_s = (self._total - self._done) / max(rate, 1e-9)
+            note(f"{self._label}: {self._done}/{self._total} {self._unit}  {shown}  {left_s:.0f} s left")

@@ -1,0 +1,1 @@
+"""Done once, before training: images -> shards, shards -> colour statistics. Stands on `pipeline`."""

@@ -1,0 +1,1 @@
+"""Batches -> a trained AlexNet. Stands on `pipeline`; knows nothing of `tools`."""
