@@ -1,0 +1,43 @@
+"""What tests share: a small synthetic tree, its shards, and the folder of real images where there is one.
+
+Session-scoped and read-only: a test that changes files copies them first.
+"""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tools.sharder import make_shards
+from tools.sources import open_source
+from tools.synth import make_tree
+
+SAMPLES_PER_SHARD = 16
+
+
+@pytest.fixture(scope="session")
+def synth_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """4 classes, 64 training and 24 validation images, odd files of every kind among them."""
+    root = tmp_path_factory.mktemp("synth") / "tree"
+    make_tree(root, num_classes=4, num_train=64, num_val=24, seed=0)
+    return root
+
+
+@pytest.fixture(scope="session")
+def shard_dir(synth_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards of `synth_tree`: 4 for training, 2 for validation, without colour statistics."""
+    out = tmp_path_factory.mktemp("shards") / "shards"
+    make_shards(open_source(synth_tree), out, samples_per_shard=SAMPLES_PER_SHARD, num_workers=2)
+    return out
+
+
+@pytest.fixture(scope="session")
+def real_images() -> Path:
+    """The folder named by ALEXNET_TEST_IMAGES; the test is skipped without it."""
+    folder = os.environ.get("ALEXNET_TEST_IMAGES")
+    if not folder:
+        pytest.skip("ALEXNET_TEST_IMAGES is not set: no real images")
+    path = Path(folder)
+    if not path.is_dir():
+        pytest.skip(f"ALEXNET_TEST_IMAGES={folder} is not a folder")
+    return path

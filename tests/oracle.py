@@ -1,0 +1,153 @@
+"""Slow, obvious NumPy versions of everything numeric, in float64: what the tests compare with.
+
+The decision that shaped it: written from the formulas, index by index, and importing nothing of the project, so that a
+mistake would have to be made twice. Left out: speed, and every check of arguments. Maps are (B, C, H, W).
+
+P = Krizhevsky, Sutskever & Hinton, NIPS 2012, with the section; S = the 2012 source released in 2025, net 145.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+
+def conv2d(x: Array, weight: Array, bias: Array, *, stride: int = 1, padding: int = 0, groups: int = 1) -> Array:
+    """Grouped convolution (correlation, as in every network): weight (kernels, C / groups, size, size)."""
+    x = np.pad(x, ((0, 0), (0, 0), (padding, padding), (padding, padding)))
+    kernels, group_maps, size, _ = weight.shape
+    height, width = (x.shape[2] - size) // stride + 1, (x.shape[3] - size) // stride + 1
+    y = np.zeros((len(x), kernels, height, width))
+    for kernel in range(kernels):
+        group = kernel // (kernels // groups)
+        seen = x[:, group * group_maps : (group + 1) * group_maps]
+        for row in range(size):
+            for column in range(size):
+                patch = seen[:, :, row : row + stride * height : stride, column : column + stride * width : stride]
+                y[:, kernel] += np.einsum("bchw,c->bhw", patch, weight[kernel, :, row, column])
+        y[:, kernel] += bias[kernel]
+    return y
+
+
+def max_pool(x: Array, *, size: int, stride: int) -> Array:
+    """The largest value of each window that fits (P 3.4: size 3, stride 2)."""
+    height, width = (x.shape[2] - size) // stride + 1, (x.shape[3] - size) // stride + 1
+    y = np.zeros((*x.shape[:2], height, width))
+    for row in range(height):
+        for column in range(width):
+            window = x[:, :, row * stride : row * stride + size, column * stride : column * stride + size]
+            y[:, :, row, column] = window.max(axis=(2, 3))
+    return y
+
+
+def lrn(
+    x: Array,
+    *,
+    k: float = 2.0,
+    n: int = 5,
+    alpha: float = 1e-4,
+    beta: float = 0.75,
+    num_towers: int = 1,
+    alpha_over_n: bool = False,
+) -> Array:
+    """Local response normalisation as P 3.3 prints it, inside each tower; alpha_over_n: S's alpha / n."""
+    return x * _lrn_scale(x, k, n, alpha, num_towers, alpha_over_n) ** -beta
+
+
+def lrn_backward(
+    x: Array,
+    gradient: Array,
+    *,
+    k: float = 2.0,
+    n: int = 5,
+    alpha: float = 1e-4,
+    beta: float = 0.75,
+    num_towers: int = 1,
+    alpha_over_n: bool = False,
+) -> Array:
+    """The gradient with respect to x, by the chain rule over every pair of maps (i, j) that see each other."""
+    s = _lrn_scale(x, k, n, alpha, num_towers, alpha_over_n)
+    scale = alpha / n if alpha_over_n else alpha
+    result = np.zeros_like(x)
+    for i in range(x.shape[1]):
+        for j in _neighbours(i, n, x.shape[1] // num_towers):  # b_j = a_j * s_j^-beta, ds_j / da_i = 2 * scale * a_i
+            result[:, i] -= gradient[:, j] * x[:, j] * beta * s[:, j] ** (-beta - 1) * 2 * scale * x[:, i]
+        result[:, i] += gradient[:, i] * s[:, i] ** -beta
+    return result
+
+
+def spatial_response_norm(x: Array) -> Array:
+    """S: a / (1 + 0.001 / 25 * sum of a^2 over the 5x5 positions around it in the same map)^0.75."""
+    y = np.zeros_like(x)
+    for row in range(x.shape[2]):
+        for column in range(x.shape[3]):
+            window = x[:, :, max(0, row - 2) : row + 3, max(0, column - 2) : column + 3]
+            s = 1.0 + 0.001 / 25 * (window**2).sum(axis=(2, 3))
+            y[:, :, row, column] = x[:, :, row, column] / s**0.75
+    return y
+
+
+def alexnet(recipe: Any, weights: Mapping[str, Array], images: Array) -> Array:
+    """Logits of the whole network without dropout; weights by name ("conv1.weight"), images (B, 3, 224, 224)."""
+    towers = recipe.num_towers
+
+    def convolve(x: Array, name: str, **geometry: int) -> Array:
+        return conv2d(x, weights[f"{name}.weight"], weights[f"{name}.bias"], **geometry)
+
+    def connect(x: Array, name: str) -> Array:
+        return x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
+
+    def activate(x: Array) -> Array:
+        return np.tanh(x) if recipe.activation == "tanh" else np.maximum(x, 0.0)
+
+    def pool(x: Array) -> Array:
+        return max_pool(x, size=3 if recipe.overlapping_pool else 2, stride=2)
+
+    def normalise(x: Array) -> Array:
+        if not recipe.lrn:
+            return x
+        constants = {"k": recipe.lrn_k, "n": recipe.lrn_n, "alpha": recipe.lrn_alpha, "beta": recipe.lrn_beta}
+        return lrn(x, num_towers=towers, alpha_over_n=recipe.lrn_alpha_over_n, **constants)
+
+    x = np.pad(images, ((0, 0), (0, 0), (0, 3), (0, 3)))
+    x = convolve(x, "conv1", stride=4)
+    if recipe.conv1_order == "relu-lrn-pool":
+        x = pool(normalise(activate(x)))
+    else:
+        x = activate(pool(normalise(x)))
+    x = normalise(activate(convolve(x, "conv2", padding=2, groups=towers)))
+    if recipe.spatial_norm:
+        x = spatial_response_norm(x)
+    x = pool(x)
+    x = activate(convolve(x, "conv3", padding=1))
+    x = activate(convolve(x, "conv4", padding=1, groups=towers))
+    x = pool(activate(convolve(x, "conv5", padding=1, groups=towers)))
+    x = x.reshape(len(x), -1)  # map, row, column
+    x = activate(connect(x, "fc6"))
+    x = activate(connect(x, "fc7"))
+    return connect(x, "fc8")
+
+
+def paper_update(
+    w: Array, v: Array, gradient: Array, *, lr: float, momentum: float = 0.9, decay: float = 0.0005
+) -> tuple[Array, Array]:
+    """One step of P 5: (w, v) after it. The rate multiplies the gradient on its way into the velocity."""
+    v = momentum * v - decay * lr * w - lr * gradient
+    return w + v, v
+
+
+def _neighbours(i: int, n: int, tower_maps: int) -> range:
+    """The maps whose squares enter map i's sum: n around it, none of another tower."""
+    first = i // tower_maps * tower_maps
+    return range(max(first, i - n // 2), min(first + tower_maps - 1, i + n // 2) + 1)
+
+
+def _lrn_scale(x: Array, k: float, n: int, alpha: float, num_towers: int, alpha_over_n: bool) -> Array:
+    s = np.full_like(x, k)
+    for i in range(x.shape[1]):
+        for j in _neighbours(i, n, x.shape[1] // num_towers):
+            s[:, i] += (alpha / n if alpha_over_n else alpha) * x[:, j] ** 2
+    return s

@@ -1,0 +1,193 @@
+"""`alexnet-prep`: what is done once, before training.
+
+The decision that shaped it: flags and words only. Each command imports what it needs when it runs, so that `--help`
+answers at once. Left out: the work itself; that is in the modules named in the imports.
+"""
+
+import os
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from pipeline import console
+
+if TYPE_CHECKING:
+    from pipeline.colorstats import ColorStats
+    from tools.sharder import Summary
+
+DEFAULT_SHARDS, SHARDS_VARIABLE = "shards", "ALEXNET_SHARDS"
+
+
+@click.group(cls=console.Group, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.version_option(package_name="alexnet-dali", prog_name="alexnet-prep")
+def group() -> None:
+    """Prepare ImageNet for training: images -> shards, shards -> colour statistics."""
+
+
+def main() -> None:
+    console.run(group)
+
+
+@group.command()
+@click.argument("folder", metavar="DIR", type=click.Path())
+@click.option("--classes", "num_classes", default=10, type=click.IntRange(min=1), help="Number of classes.")
+@click.option("--train", "num_train", default=1000, type=click.IntRange(min=1), help="Training images in all.")
+@click.option("--val", "num_val", default=200, type=click.IntRange(min=0), help="Validation images in all.")
+@click.option("--seed", default=0, type=click.IntRange(min=0), help="Seed of every draw.")
+def synth(folder: str, num_classes: int, num_train: int, num_val: int, seed: int) -> None:
+    """Paint a small synthetic ImageNet into DIR, for demos and tests."""
+    from tools.synth import make_tree
+
+    with console.Progress("synth", num_train + num_val, "images") as progress:
+        make_tree(
+            folder,
+            num_classes=num_classes,
+            num_train=num_train,
+            num_val=num_val,
+            seed=seed,
+            on_progress=progress.advance,
+        )
+    console.say(f"{folder}: {num_classes} classes, {num_train} training and {num_val} validation images")
+    console.say(f"next: alexnet-prep shard {folder}")
+
+
+def _check_limit(_context: click.Context, _parameter: click.Parameter, value: str) -> str:
+    from tools.sharder import limit_failures
+
+    try:
+        limit_failures(value, 1)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from error
+    return value
+
+
+@group.command()
+@click.argument("source", metavar="SOURCE", type=click.Path())
+@click.option("--out", default=DEFAULT_SHARDS, envvar=SHARDS_VARIABLE, show_envvar=True, type=click.Path(),
+              help="Folder to write the shards to.")  # fmt: skip
+@click.option("--samples-per-shard", default=5000, type=click.IntRange(min=1), help="Images per shard.")
+@click.option("--workers", type=click.IntRange(min=1), show_default="one per CPU", help="Worker processes.")
+@click.option("--seed", default=0, type=click.IntRange(min=0), help="Seed of the order of the training images.")
+@click.option("--quality", default=90, type=click.IntRange(1, 100), help="JPEG quality, 1 to 100.")
+@click.option("--max-failures", default="0.1%", metavar="N|P%", callback=_check_limit,
+              help="Images that may turn out unusable: a count, or a percentage (then at least 1).")  # fmt: skip
+@click.option("--force", is_flag=True, help="Replace the shards in the output folder, whatever job they are of.")
+@click.option("--json", "as_json", is_flag=True, help="Print the summary as one JSON object.")
+def shard(
+    source: str,
+    out: str,
+    samples_per_shard: int,
+    workers: int | None,
+    seed: int,
+    quality: int,
+    max_failures: str,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Turn the images of SOURCE into shards of 256x256 JPEGs.
+
+    SOURCE holds train/<class>/* and, if there is one, val/<class>/*. Images are resized (shorter side to 256 pixels,
+    antialiased) and cropped to the central square; EXIF orientation is ignored. An interrupted run is taken up by the
+    same command; shards that are complete are left alone.
+    """
+    from tools.engines import count_cpus
+    from tools.sharder import make_shards
+    from tools.sources import open_source
+
+    opened = open_source(source)
+    for remark in opened.remarks:
+        console.note(f"{source}: {remark}")
+    summary = make_shards(
+        opened,
+        out,
+        num_workers=workers or count_cpus(),
+        samples_per_shard=samples_per_shard,
+        seed=seed,
+        quality=quality,
+        max_failures=max_failures,
+        force=force,
+    )
+    if as_json:
+        console.print_json(summary.to_json())
+    else:
+        _print_summary(out, summary)
+
+
+def _print_summary(out: str, summary: "Summary") -> None:
+    if summary.was_complete:
+        console.say(f"{out}: already complete, left as it is (--force makes it again)")
+    rows = [[split, f"{num_images:,}", f"{summary.shards[split]:,}"] for split, num_images in summary.images.items()]
+    console.print_table(f"{out}", ["split", "images", "shards"], rows)
+    console.say(f"{summary.num_bytes / 1e6:,.1f} MB in tars, {_count_failures(summary)}")
+    if not summary.was_complete:
+        console.say(
+            f"{summary.num_prepared:,} images in {summary.duration_s:,.1f} s ({summary.images_per_s:,.0f} images/s), "
+            f"{summary.num_kept_shards} shards kept from before"
+        )
+    suffix = "" if out == os.environ.get(SHARDS_VARIABLE, DEFAULT_SHARDS) else f" --shards {out}"
+    console.say(f"next: alexnet-prep pca{suffix}")
+
+
+def _count_failures(summary: "Summary") -> str:
+    if not summary.num_failures:
+        return "no failures"
+    return f"{summary.num_failures} images could not be used: {summary.out / 'failures.jsonl'}"
+
+
+@group.command()
+@click.option("--shards", default=DEFAULT_SHARDS, envvar=SHARDS_VARIABLE, show_envvar=True, type=click.Path(),
+              help="Folder of shards; the statistics are written into it.")  # fmt: skip
+@click.option("--device", default="auto", type=click.Choice(["auto", "cpu", "gpu"]), help="Where images are decoded.")
+@click.option("--threads", type=click.IntRange(min=1), show_default="one per CPU", help="Decoding threads.")
+@click.option("--json", "as_json", is_flag=True, help="Print the statistics as one JSON object.")
+def pca(shards: str, device: str, threads: int | None, as_json: bool) -> None:
+    """Compute the mean and the RGB eigenbasis of all training pixels of the shards.
+
+    Writes color.json and mean_image.npy beside the shards; training needs both.
+    """
+    from pipeline.shardset import ShardSet
+
+    opened = ShardSet.open(shards)  # before the imports below, which take seconds
+    from tools.engines import count_cpus
+    from tools.pca import compute
+
+    with console.Progress("pca", opened.num_samples("train"), "images") as progress:
+        stats = compute(opened, device=device, num_threads=threads or count_cpus(), progress=progress)
+    stats.save(opened.root)
+    if as_json:
+        console.print_json(_list_stats(stats))
+    else:
+        _print_stats(stats)
+        console.say(f"written to {opened.root / 'color.json'}; next: alexnet-train")
+
+
+def _list_stats(stats: "ColorStats") -> dict[str, Any]:
+    return {
+        "num_pixels": stats.num_pixels,
+        "mean": stats.mean.tolist(),
+        "std": stats.std.tolist(),
+        "covariance": stats.covariance.tolist(),
+        "eigenvalues": stats.eigenvalues.tolist(),
+        "eigenvectors": stats.eigenvectors.tolist(),
+        "shards_fingerprint": stats.shards_fingerprint,
+    }
+
+
+def _print_stats(stats: "ColorStats") -> None:
+    import numpy as np
+
+    channels = [
+        [name, f"{mean:.3f}", f"{std:.3f}"]
+        for name, mean, std in zip(("red", "green", "blue"), stats.mean, stats.std, strict=True)
+    ]
+    console.print_table(f"{stats.num_pixels:,} training pixels, values 0-255", ["channel", "mean", "std"], channels)
+    axes = [
+        [str(number), f"{value:,.2f}", *(f"{part:+.4f}" for part in vector)]
+        for number, (value, vector) in enumerate(zip(stats.eigenvalues, stats.eigenvectors.T, strict=True), start=1)
+    ]
+    console.print_table("principal axes of colour", ["axis", "eigenvalue", "red", "green", "blue"], axes)
+    shifts = []
+    for kind in ("paper", "original"):
+        rms = np.sqrt((stats.lighting_basis(kind) ** 2).sum(axis=1))
+        shifts.append([kind, *(f"{value:.2f}" for value in rms)])
+    console.print_table("rms colour shift, grey levels", ["lighting", "red", "green", "blue"], shifts)

@@ -1,0 +1,249 @@
+"""What a run leaves behind while it trains: its folder, its configuration, its metrics.
+
+The decision that shaped it: metrics.jsonl is the one record that everything else (curves, report, resumption) is made
+from, so it is strict JSON, one object a line, handed to the system line by line, and a resumed run cuts what lies past
+its checkpoint. A number that is not finite is written as null. Left out: checkpoints (checkpoint.py), pictures
+(figures.py), what the screen shows (display.py) and the record of the surroundings (environment.py).
+"""
+
+import json
+import math
+import os
+import re
+import sys
+from pathlib import Path
+from types import NoneType, TracebackType
+from typing import Any, BinaryIO, TypedDict, Unpack
+
+from pipeline.errors import UserError
+from pipeline.shardset import read_json, write_atomic, write_json
+from trainer.display import TrainDisplay as TrainDisplay  # with the next: one door for the training loop
+from trainer.environment import environment as environment
+
+CONFIG, ENVIRONMENT, METRICS = "config.json", "environment.json", "metrics.jsonl"
+CHECKPOINTS, LAST, BEST = "checkpoints", "last.pt", "best.pt"
+_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
+
+
+class TrainRecord(TypedDict):
+    """Training since the record before it: means over those steps, errors in percent."""
+
+    step: int  # optimiser steps done so far
+    epoch: int  # from 1
+    loss: float  # cross-entropy, nats
+    top1_error: float
+    top5_error: float
+    lr: float
+    images_per_s: float
+    data_wait_fraction: float  # share of the time spent waiting for data, 0 to 1
+    time_s: float
+
+
+class EvalRecord(TypedDict):
+    """An evaluation of the net as it was after `step` steps; errors in percent."""
+
+    step: int
+    epoch: int
+    crops: str  # "centre" or "ten"
+    num_images: int
+    loss: float
+    top1_error: float
+    top5_error: float
+
+
+_FIELDS: dict[str, dict[str, type]] = {
+    "train": TrainRecord.__annotations__,
+    "eval": EvalRecord.__annotations__,
+    "event": {"name": str},
+}
+_ACCEPTED: dict[type, tuple[type, ...]] = {int: (int,), float: (int, float, NoneType), str: (str,)}
+
+
+def create_run(runs: Path, name: str) -> Path:
+    """A new, empty folder: runs/NAME, or NAME-2, NAME-3, ... where taken. Two processes never get the same one.
+
+    Raises UserError for a name that is not a plain file name.
+    """
+    _check_name(name)
+    runs.mkdir(parents=True, exist_ok=True)
+    number = 1
+    while True:
+        run = runs / (name if number == 1 else f"{name}-{number}")
+        try:
+            run.mkdir()
+        except FileExistsError:
+            number += 1
+        else:
+            (run / CHECKPOINTS).mkdir()
+            return run
+
+
+def find_run(runs: Path, name: str) -> Path:
+    """The newest run called `name` (the highest number) that has a checkpoint to resume from.
+
+    Raises UserError, naming the runs that could be resumed, if there is none.
+    """
+    _check_name(name)
+    resumable = [run for run in _folders(runs) if (run / CHECKPOINTS / LAST).is_file()]
+    numbered = re.compile(re.escape(name) + r"(?:-([2-9]|[1-9]\d+))?")
+    matches = [(int(match[1] or 1), run) for run in resumable if (match := numbered.fullmatch(run.name))]
+    if matches:
+        return max(matches)[1]
+    found = f"found {', '.join(run.name for run in resumable)}" if resumable else "found none"
+    raise UserError(
+        f"{runs}: no run called {name!r} with a checkpoint to resume from ({found}); "
+        "name one with --resume RUN, or leave out --resume to begin a new one"
+    )
+
+
+def resolve_run(runs: Path, text: str) -> Path:
+    """The run that `text` means: the path of a run's folder, or the name of one in `runs`. Raises UserError if none."""
+    candidates = [Path(text)]
+    if _NAME.fullmatch(text):
+        candidates.append(runs / text)
+    for candidate in candidates:
+        if (candidate / CONFIG).is_file():
+            return candidate
+    names = [run.name for run in _folders(runs) if (run / CONFIG).is_file()]
+    found = f"{runs} has {', '.join(names)}" if names else f"{runs} has no runs"
+    raise UserError(
+        f"{text}: not a run (no folder with a {CONFIG}); name one of them ({found}) or the path of its folder"
+    )
+
+
+def _check_name(name: str) -> None:
+    if not _NAME.fullmatch(name):
+        raise UserError(
+            f"run name {name!r}: expected letters, digits, '.', '_' and '-', not starting with '.'; "
+            "choose another with --name"
+        )
+
+
+def _folders(runs: Path) -> list[Path]:
+    return sorted(path for path in runs.iterdir() if path.is_dir()) if runs.is_dir() else []
+
+
+def write_config(run: Path, config: dict[str, Any]) -> None:
+    """Store what the run was asked to do; its presence marks the folder as a run."""
+    write_json(run / CONFIG, config)
+
+
+def read_config(run: Path) -> dict[str, Any]:
+    """What `write_config` stored. Raises UserError if it is missing or damaged."""
+    config = read_json(run / CONFIG)
+    if not isinstance(config, dict):
+        raise UserError(f"{run / CONFIG}: holds a {type(config).__name__}, expected an object; restore the file")
+    return config
+
+
+class MetricsLog:
+    """metrics.jsonl of a run being trained, open at its end. Get one from `MetricsLog.open`; one process writes it.
+
+    All that belongs to a step is logged before that step's checkpoint is saved, and `sync` is called between the two:
+    resumption then loses no line and repeats none.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+
+    @classmethod
+    def open(cls, path: Path, after_step: int | None) -> "MetricsLog":
+        """A new log (`after_step` None), or that of a run resumed from its checkpoint at step `after_step`.
+
+        On resumption the lines from the first one past `after_step` on are cut, atomically, with a torn last line.
+        Raises FileExistsError where a new log would overwrite one, and UserError where the old one is damaged.
+        """
+        if after_step is None:
+            return cls(path.open("xb"))
+        kept = []
+        for line, record in _parse(path) if path.exists() else []:
+            if record.get("step", 0) > after_step:
+                break
+            kept.append(line + b"\n")
+        write_atomic(path, b"".join(kept))
+        return cls(path.open("ab"))
+
+    def __enter__(self) -> "MetricsLog":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def train(self, **record: Unpack[TrainRecord]) -> None:
+        """Log training since the line before."""
+        self._write({"kind": "train", **record})
+
+    def eval(self, **record: Unpack[EvalRecord]) -> None:
+        """Log an evaluation."""
+        self._write({"kind": "eval", **record})
+
+    def event(self, name: str, **fields: Any) -> None:
+        """Log something that happened ("lr_cut", "resumed"); give it a `step` if it belongs to one."""
+        self._write({"kind": "event", "name": name, **fields})
+
+    def sync(self) -> None:
+        """Force the lines to the disk; to be called before a checkpoint is saved."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _write(self, record: dict[str, Any]) -> None:
+        finite = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in record.items()
+        }
+        problem = _problem(finite)
+        if problem:  # a defect of the caller, found before it makes the log unreadable
+            raise ValueError(f"metrics record: {problem}")
+        self._file.write(json.dumps(finite, allow_nan=False).encode() + b"\n")
+        self._file.flush()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl, each an object with a known `kind` and its numbers (a number or None).
+
+    A last line without its end, as a killed run leaves it, is passed over. Raises UserError for a missing file and for
+    any other damage, with the number of the line.
+    """
+    return [record for _, record in _parse(path)]
+
+
+def _parse(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
+    try:
+        lines = path.read_bytes().split(b"\n")[:-1]  # what follows the last line end is nothing, or torn
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); restore it, or name another run") from error
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line, parse_constant=_refuse_constant)
+            problem = _problem(record)
+        except (ValueError, RecursionError):
+            problem = "not JSON"
+        if problem:
+            raise UserError(f"{path}: line {number}: {problem}; restore the file, or delete the damaged line")
+        records.append((line, record))
+    return records
+
+
+def _refuse_constant(text: str) -> None:
+    raise ValueError(f"{text} is not a JSON number")
+
+
+def _problem(record: Any) -> str | None:
+    """What is wrong with a decoded line, if anything. Fields beyond the known ones are nobody's business."""
+    kind = record.get("kind") if isinstance(record, dict) else None
+    if not isinstance(kind, str) or kind not in _FIELDS:
+        return f"kind is {kind!r:.40}, expected one of {', '.join(_FIELDS)}"
+    fields = _FIELDS[kind] | ({"step": int} if "step" in record else {})
+    for name, expected in fields.items():
+        if name not in record:
+            return f"{kind} without {name}"
+        value = record[name]
+        too_large = isinstance(value, int | float) and not abs(value) <= sys.float_info.max
+        if type(value) not in _ACCEPTED[expected] or too_large:
+            return f"{name} is {value!r:.40}, expected {expected.__name__}"
+    return None
