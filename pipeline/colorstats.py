@@ -49,7 +49,7 @@ class ColorStats:
         image_sum: NDArray[np.int64],
         shards_fingerprint: str,
     ) -> "ColorStats":
-        """From exact integers: products[i][j] sums c_i * c_j over all pixels, image_sum (256, 256, 3) sums the images."""
+        """From exact integers: products[i][j] sums c_i * c_j over all pixels; image_sum (256, 256, 3)."""
         height, width, _ = image_sum.shape
         pixels = num_images * height * width
         sums = [int(total) for total in image_sum.sum(axis=(0, 1))]

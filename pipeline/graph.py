@@ -69,7 +69,7 @@ class Transform:
 
 @dataclass(frozen=True)
 class Feed:
-    """Which samples a pipeline reads and on what it runs: split, local batch size, this rank's part, device, threads."""
+    """Which samples a pipeline reads, and on what: split, local batch size, this rank's part, device, threads."""
 
     split: str
     batch_size: int
@@ -89,9 +89,15 @@ def stream_seed(seed: int, *names: object) -> int:
 
 
 def train_pipeline(
-    shards: ShardSet, colors: ColorStats, transform: Transform, feed: Feed, *, with_draws: bool = False
+    shards: ShardSet,
+    colors: ColorStats,
+    transform: Transform,
+    feed: Feed,
+    *,
+    with_draws: bool = False,
+    checkpoint: bytes | None = None,
 ) -> Pipeline:
-    """Shuffled, augmented training batches, with checkpointing.
+    """Shuffled, augmented training batches, with checkpointing; from `checkpoint` on, where one is given.
 
     Outputs: images float (3, 224, 224) or (224, 224, 3), labels int64 (); with `with_draws` also the random draws:
     offset int32 (2,) as (y, x), flip int32 (), shift float32 (3,) in grey levels, and source, uint8 text naming the
@@ -133,7 +139,7 @@ def train_pipeline(
             outputs += [offset, flip, shift, fn.pad(source)]
         return tuple(_place(output, feed.device) if index < 2 else output for index, output in enumerate(outputs))
 
-    return _build(define, feed, enable_checkpointing=True)
+    return _build(define, feed, enable_checkpointing=True, checkpoint=checkpoint)
 
 
 def eval_pipeline(shards: ShardSet, colors: ColorStats, transform: Transform, feed: Feed, *, crops: str) -> Pipeline:
