@@ -1,0 +1,248 @@
+"""`alexnet-train`, `alexnet-eval`, `alexnet-report`, `alexnet-bench`: flags and words.
+
+The decision that shaped it: flags become one frozen Job before anything heavy is imported or any folder is made, so
+that `--help` answers at once and a wrong flag costs nothing. Left out: the work; that is in the modules imported below.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pipeline import console
+from pipeline.errors import UserError
+from trainer.recipe import RECIPES, Recipe, from_dict, override
+
+_SETTINGS = {"help_option_names": ["-h", "--help"], "show_default": True}
+_NEWEST = "newest"
+
+
+def _add_common_options(function: Callable[..., None]) -> Callable[..., None]:
+    version = click.version_option(package_name="alexnet-dali", prog_name="alexnet-dali")
+    shards = click.option("--shards", envvar="ALEXNET_SHARDS", show_envvar=True, type=click.Path(path_type=Path),
+                          show_default="the run's own, else ./shards", help="Folder of shards.")  # fmt: skip
+    runs = click.option("--runs", default="runs", envvar="ALEXNET_RUNS", show_envvar=True,
+                        type=click.Path(path_type=Path), help="Folder of runs.")  # fmt: skip
+    gpus = click.option("--gpus", "num_gpus", type=click.IntRange(min=0), show_default="all visible",
+                        help="Number of GPUs; 0 computes on the CPU.")  # fmt: skip
+    threads = click.option("--threads", "num_threads", type=click.IntRange(min=1), show_default="one per CPU",
+                           help="Decoding threads of each rank.")  # fmt: skip
+    for option in (threads, gpus, runs, shards, version):
+        function = option(function)
+    return function
+
+
+@click.command(cls=console.Command, context_settings=_SETTINGS)
+@_add_common_options
+@click.option("--recipe", "recipe_name", type=click.Choice(list(RECIPES)), show_default="paper",
+              help="Network, data and optimisation as one name.")  # fmt: skip
+@click.option("--epochs", type=click.IntRange(min=1), show_default="the recipe's", help="Epochs at the most.")
+@click.option("--global-batch-size", type=click.IntRange(min=1), show_default="the recipe's",
+              help="Images a step, summed over ranks.")  # fmt: skip
+@click.option("--lr", type=click.FloatRange(min=0, min_open=True), show_default="the recipe's", help="Learning rate.")
+@click.option("--seed", type=click.IntRange(min=0), show_default="0", help="Seed of weights, order and draws.")
+@click.option("--name", show_default="the recipe's name", help="Name of the run's folder; a number is added if taken.")
+@click.option("--resume", is_flag=False, flag_value=_NEWEST, metavar="[RUN]", show_default=False,
+              help="Go on with RUN (a name or folder); without RUN, with the newest of that --name.")  # fmt: skip
+@click.option("--set", "settings", multiple=True, metavar="FIELD=VALUE", help="Any field of the recipe; repeatable.")
+def _train(
+    shards: Path | None,
+    runs: Path,
+    num_gpus: int | None,
+    num_threads: int | None,
+    recipe_name: str | None,
+    epochs: int | None,
+    global_batch_size: int | None,
+    lr: float | None,
+    seed: int | None,
+    name: str | None,
+    resume: str | None,
+    settings: tuple[str, ...],
+) -> int:
+    """Train AlexNet on shards, as the 2012 paper did.
+
+    Makes RUNS/NAME with checkpoints, metrics and the record of its surroundings. Ctrl-C finishes the step, saves and
+    says how to go on. Several ranks: --gpus N, or torchrun --nproc-per-node N -m trainer.
+    """
+    given = {"epochs": epochs, "global_batch_size": global_batch_size, "lr": lr}
+    changes = [f"{field}={value}" for field, value in given.items() if value is not None] + list(settings)
+    folder = None
+    if resume:
+        fixed = {"--recipe": recipe_name, "--seed": seed, "--lr": lr, "--global-batch-size": global_batch_size,
+                 "--set": settings or None}  # fmt: skip
+        clash = [flag for flag, value in fixed.items() if value is not None]
+        if clash:
+            raise click.UsageError(f"--resume goes on with the run's own settings; leave out {', '.join(clash)}")
+        folder = _find_run(runs, resume, name or "paper")
+        config = _read_config(folder)
+        recipe, seed, shards = from_dict(config["recipe"]), config["seed"], shards or Path(config["shards"])
+    else:
+        recipe = RECIPES[recipe_name or "paper"]
+    recipe = override(recipe, changes)
+
+    from pipeline.colorstats import ColorStats
+    from pipeline.shardset import ShardSet
+
+    opened = ShardSet.open(shards or Path("shards"))
+    ColorStats.load(opened.root, opened.fingerprint)  # a fault in the data is told before any rank starts
+    from trainer import distributed
+    from trainer.train import Job, run_rank
+
+    num_ranks, use_gpu = _choose_devices(num_gpus)
+    _check_divisible(recipe, num_ranks)
+    job = Job(
+        shards=opened.root,
+        runs=runs,
+        name=name or recipe.name,
+        recipe=recipe,
+        seed=seed or 0,
+        use_gpu=use_gpu,
+        resume=folder,
+        num_threads=num_threads,
+    )
+    if num_ranks > 1 and not distributed.under_launcher():
+        return distributed.launch(run_rank, (job,), num_ranks)
+    return run_rank(job)
+
+
+def _find_run(runs: Path, resume: str, name: str) -> Path:
+    from trainer.runlog import find_run, resolve_run
+
+    return find_run(runs, name) if resume == _NEWEST else resolve_run(runs, resume)
+
+
+def _read_config(run: Path) -> dict[str, Any]:
+    from trainer.runlog import read_config
+
+    config = read_config(run)
+    missing = {"recipe", "seed", "shards"} - set(config)
+    if missing:
+        raise UserError(f"{run / 'config.json'}: no {', '.join(sorted(missing))}; restore the file or start a new run")
+    return config
+
+
+def _choose_devices(num_gpus: int | None) -> tuple[int, bool]:
+    """(ranks on this machine, whether on GPUs). Wrong usage if more are asked for than are visible."""
+    import torch
+
+    from trainer.distributed import under_launcher
+
+    found = torch.cuda.device_count()
+    if num_gpus is not None and num_gpus > found:
+        raise click.UsageError(
+            f"--gpus {num_gpus}: {found} visible; use --gpus {found}"
+            + (" (the CPU)" if found == 0 else "")
+            + ", or check nvidia-smi and CUDA_VISIBLE_DEVICES"
+        )
+    wanted = found if num_gpus is None else num_gpus
+    if wanted == 0 and num_gpus is None:
+        console.note("no GPU is visible: training on the CPU")
+    return (1 if under_launcher() else max(wanted, 1)), wanted > 0
+
+
+def _check_divisible(recipe: Recipe, num_ranks: int) -> None:
+    if recipe.global_batch_size % num_ranks:
+        raise click.UsageError(
+            f"--global-batch-size {recipe.global_batch_size} cannot be divided among {num_ranks} GPUs; "
+            f"use {recipe.global_batch_size // num_ranks * num_ranks or num_ranks}"
+        )
+
+
+@click.command(cls=console.Command, context_settings=_SETTINGS)
+@_add_common_options
+@click.argument("run")
+@click.option("--checkpoint", default="best", metavar="best|last|PATH", help="Which checkpoint of the run.")
+@click.option("--json", "as_json", is_flag=True, help="Print the errors as one JSON object.")
+def _evaluate(
+    shards: Path | None,
+    runs: Path,
+    num_gpus: int | None,
+    num_threads: int | None,
+    run: str,
+    checkpoint: str,
+    as_json: bool,
+) -> None:
+    """Error of a checkpoint of RUN on the validation images: centre crop and ten crops."""
+    from trainer.runlog import resolve_run
+
+    folder = resolve_run(runs, run)
+    config = _read_config(folder)
+    from pipeline.shardset import ShardSet
+
+    opened = ShardSet.open(shards or Path(config["shards"]))
+    from trainer.evaluate import evaluate_checkpoint
+
+    _, use_gpu = _choose_devices(num_gpus)
+    result = evaluate_checkpoint(folder, checkpoint, opened, use_gpu=use_gpu, num_threads=num_threads)
+    if as_json:
+        console.print_json(result)
+        return
+    rows = [
+        [view, f"{result[prefix + 'top1_error']:.2f}", f"{result[prefix + 'top5_error']:.2f}"]
+        for view, prefix in (("centre crop", ""), ("ten crops", "ten_crop_"))
+    ]
+    console.print_table(
+        f"{result['checkpoint']}, {result['num_images']:,} images", ["error, %", "top-1", "top-5"], rows
+    )
+
+
+@click.command(cls=console.Command, context_settings=_SETTINGS)
+@click.argument("run")
+@click.option("--runs", default="runs", envvar="ALEXNET_RUNS", show_envvar=True, type=click.Path(path_type=Path),
+              help="Folder of runs.")  # fmt: skip
+def _report(run: str, runs: Path) -> None:
+    """Draw the curves and the first layer's kernels of RUN, and sum it up."""
+    from trainer.report import format_summary, report
+    from trainer.runlog import resolve_run
+
+    console.say(format_summary(report(resolve_run(runs, run))))
+
+
+@click.command(cls=console.Command, context_settings=_SETTINGS)
+@_add_common_options
+@click.argument("what", type=click.Choice(["loader"]), default="loader")
+@click.option("--recipe", "recipe_name", type=click.Choice(list(RECIPES)), default="paper", help="Augmentation.")
+@click.option("--seconds", "duration_s", default=10.0, type=click.FloatRange(min=0.1), help="How long to measure, s.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
+def _bench(
+    shards: Path | None,
+    runs: Path,
+    num_gpus: int | None,
+    num_threads: int | None,
+    what: str,
+    recipe_name: str,
+    duration_s: float,
+    as_json: bool,
+) -> None:
+    """Measure WHAT: `loader`, how many images a second the pipeline feeds when nothing consumes them."""
+    from pipeline.shardset import ShardSet
+
+    opened = ShardSet.open(shards or Path("shards"))
+    from trainer.bench import measure_loader
+
+    _, use_gpu = _choose_devices(num_gpus)
+    recipe = RECIPES[recipe_name]
+    size = min(recipe.global_batch_size, opened.num_samples("train"))
+    result = measure_loader(opened, replace(recipe, global_batch_size=size), use_gpu, num_threads, duration_s)
+    if as_json:
+        console.print_json(asdict(result))
+    else:
+        console.say(str(result))
+
+
+def train() -> None:
+    console.run(_train)
+
+
+def evaluate() -> None:
+    console.run(_evaluate)
+
+
+def report() -> None:
+    console.run(_report)
+
+
+def bench() -> None:
+    console.run(_bench)

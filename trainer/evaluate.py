@@ -1,0 +1,153 @@
+"""Top-1 and top-5 error on the validation images: centre crop or ten crops, each image counted once on any ranks.
+
+The decision that shaped it: only sums cross ranks (images, loss, mistakes), in float64, and the number of images is
+checked against the shards' manifest, so an error rate is of exactly the set it names. Left out: any crop or mean (the
+loader's).
+"""
+
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from pipeline.colorstats import ColorStats
+from pipeline.errors import UserError
+from pipeline.loader import EvalLoader
+from pipeline.shardset import ShardSet
+from trainer.checkpoint import load
+from trainer.distributed import Ranks, reduce_sum
+from trainer.model import AlexNet
+from trainer.recipe import Recipe, from_dict
+from trainer.runlog import BEST, CHECKPOINTS, LAST, METRICS, MetricsLog
+
+Crops = Literal["centre", "ten"]
+BATCH_SIZE = {"centre": 128, "ten": 16}
+TOP = 5
+
+
+@dataclass(frozen=True)
+class Errors:
+    """num_images evaluated; mean cross-entropy in nats; top-1 and top-5 error in percent."""
+
+    num_images: int
+    loss: float
+    top1_error: float
+    top5_error: float
+
+
+def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """bfloat16 (autocast) or float32; "auto" takes bfloat16 where the hardware multiplies matrices in it."""
+    if precision == "auto":
+        if device.type == "cuda":
+            fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            fast = torch.cpu._is_amx_tile_supported()  # AVX-512's bf16 alone was slower than float32 here
+        return torch.bfloat16 if fast else torch.float32
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def make_eval_loader(
+    shards: ShardSet, colors: ColorStats, recipe: Recipe, ranks: Ranks, crops: Crops, num_threads: int | None = None
+) -> EvalLoader:
+    return EvalLoader(
+        shards,
+        colors,
+        batch_size=BATCH_SIZE[crops],
+        crops=crops,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        device=ranks.feed,
+        mean=recipe.mean,
+        unit_variance=recipe.unit_variance,
+        layout="NHWC",
+        num_threads=num_threads,
+    )
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, loader: EvalLoader, ranks: Ranks, dtype: torch.dtype, num_expected: int) -> Errors:
+    """The errors of `model` over all ranks, the softmax outputs averaged over ten crops (paper, section 4.1).
+
+    dtype: torch.bfloat16 for autocast, else torch.float32. Raises UserError if another number of images came.
+    """
+    model.eval()
+    sums = torch.zeros(4, dtype=torch.float64, device=ranks.device)
+    for images, labels in loader:
+        if len(labels):
+            sums += count_errors(log_probabilities(model, images, dtype), labels)
+    num_images, loss, wrong1, wrong5 = reduce_sum(sums, ranks).tolist()
+    if num_images != num_expected:
+        raise UserError(f"evaluated {num_images:.0f} images, expected {num_expected}; check the shards' index files")
+    return Errors(int(num_images), loss / num_images, 100 * wrong1 / num_images, 100 * wrong5 / num_images)
+
+
+def log_probabilities(model: nn.Module, images: Tensor, dtype: torch.dtype) -> Tensor:
+    """Log of the softmax outputs (B, classes) for images (B, 3, 224, 224), or their mean over views (B, V, 3, ...)."""
+    views = images if images.dim() == 5 else images.unsqueeze(1)
+    batch, num_views = views.shape[:2]
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+        logits = model(views.flatten(0, 1).contiguous(memory_format=torch.channels_last))
+    per_view = functional.log_softmax(logits.float(), dim=1).view(batch, num_views, -1)
+    return per_view.logsumexp(dim=1) - torch.tensor(float(num_views)).log()
+
+
+def count_errors(log_outputs: Tensor, labels: Tensor) -> Tensor:
+    """Sums over a batch, float64 (4,): images, cross-entropy, top-1 mistakes, top-5 mistakes.
+
+    log_outputs (B, classes): logits or log-probabilities. An output that is not a number is a mistake.
+    """
+    log_outputs = log_outputs.detach().float()
+    loss = functional.cross_entropy(log_outputs, labels, reduction="sum")
+    own = log_outputs.gather(1, labels[:, None])
+    better = (log_outputs > own).sum(dim=1)
+    hopeless = log_outputs.isnan().any(dim=1)
+    wrong1, wrong5 = ((better >= k) | hopeless for k in (1, TOP))
+    count = torch.full_like(loss, len(labels), dtype=torch.float64)
+    return torch.stack([count, loss.double(), wrong1.sum().double(), wrong5.sum().double()])
+
+
+def evaluate_checkpoint(
+    run: Path, which: str, shards: ShardSet, *, use_gpu: bool, num_threads: int | None = None
+) -> dict[str, Any]:
+    """Centre-crop and ten-crop errors of a checkpoint of `run` ("best", "last" or a path): what `alexnet-eval` prints.
+
+    The ten-crop result is added to the run's metrics.jsonl if the checkpoint is the run's own. Raises UserError for a
+    missing or damaged checkpoint, or shards of other classes.
+    """
+    folder = run / CHECKPOINTS
+    path = {"best": folder / BEST, "last": folder / LAST}.get(which, Path(which))
+    state = load(path)
+    recipe = from_dict(state["recipe"])
+    if state["num_classes"] != shards.num_classes:
+        raise UserError(
+            f"{path}: a net of {state['num_classes']} classes, but {shards.root} has {shards.num_classes}; "
+            "name the run's own shards with --shards"
+        )
+    # the colours the net was trained with lie beside its training shards, whose fingerprint the checkpoint holds
+    colors = ColorStats.load(shards.root, state["shards_fingerprint"])
+    device = torch.device("cuda" if use_gpu else "cpu")
+    ranks, dtype = Ranks(0, 1, device), choose_dtype(recipe.precision, device)
+    model = AlexNet.from_recipe(recipe, shards.num_classes)
+    model.load_state_dict(state["model"])
+    model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    found: dict[str, Errors] = {}
+    crops: Crops
+    for crops in ("centre", "ten"):
+        loader = make_eval_loader(shards, colors, recipe, ranks, crops, num_threads)
+        found[crops] = evaluate(model, loader, ranks, dtype, shards.num_samples("val"))
+    if path.resolve().parent == folder.resolve():
+        with MetricsLog.open(run / METRICS, sys.maxsize) as log:
+            log.eval(step=state["step"], epoch=state["epoch"] - 1, crops="ten", **asdict(found["ten"]))
+    return {
+        "run": str(run),
+        "checkpoint": str(path),
+        "num_images": found["centre"].num_images,
+        "top1_error": found["centre"].top1_error,
+        "top5_error": found["centre"].top5_error,
+        "ten_crop_top1_error": found["ten"].top1_error,
+        "ten_crop_top5_error": found["ten"].top5_error,
+    }
