@@ -118,13 +118,13 @@ def train_pipeline(
             shuffle_after_epoch_seed=stream_seed(feed.seed, "shards"),  # the one stream that ranks share
             seed=seed_of("buffer"),
         )
-        y, x = fn.constant(fdata=0.5), fn.constant(fdata=0.5)
+        y = x = _constant(np.array(0.5))
         if transform.crop:
             # k / 32 for integer k: uniform positions would give offsets 0 and 32 half their weight
             positions = [k / MAX_OFFSET_PX for k in range(MAX_OFFSET_PX + 1)]
             y = fn.random.uniform(values=positions, seed=seed_of("crop y"))
             x = fn.random.uniform(values=positions, seed=seed_of("crop x"))
-        flip = fn.random.coin_flip(seed=seed_of("flip")) if transform.flip else fn.constant(idata=0)
+        flip = fn.random.coin_flip(seed=seed_of("flip")) if transform.flip else _constant(np.array(0, np.int32))
         shift = fn.constant(fdata=[0.0, 0.0, 0.0], shape=[3])
         if transform.lighting:
             basis = _constant(colors.lighting_basis(transform.lighting))
@@ -135,7 +135,7 @@ def train_pipeline(
         divisor = ORIGINAL_DIVISOR if transform.lighting == "original" else 1.0
         outputs = [_normalise(image, colors, transform, feed.device, divisor, shift=shift, mirror=flip), labels]
         if with_draws:
-            offset = fn.cast(fn.stack(y, x) * MAX_OFFSET_PX + 0.5, dtype=types.INT32)
+            offset = fn.cast(fn.stack(y, x) * MAX_OFFSET_PX, dtype=types.INT32)  # whole numbers already
             outputs += [offset, flip, shift, fn.pad(source)]
         return tuple(_place(output, feed.device) if index < 2 else output for index, output in enumerate(outputs))
 

@@ -10,7 +10,7 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any, Literal, NamedTuple
@@ -208,6 +208,7 @@ class EvalLoader:
         self._transform, self._crops = transform, crops
         self._empty_on = "cuda" if device == "gpu" else "cpu"
         self._iterator: DALIGenericIterator | None = None
+        self._running: Generator[dict[str, Tensor], None, None] | None = None
         if rank < num_parts:
             feed = _make_feed(split, batch_size, rank, num_parts, device, num_threads, 0)
             self._iterator = _once(eval_pipeline(shards, colors, transform, feed, crops=crops))
@@ -220,7 +221,10 @@ class EvalLoader:
             for _ in range(self._num_steps):
                 yield self._empty()
             return
-        for outputs in _from_start(self._iterator):
+        if self._running is not None:
+            self._running.close()  # an earlier loop that was left, but is still held by somebody
+        self._running = _from_start(self._iterator)
+        for outputs in self._running:
             yield Batch(_as_nchw(outputs["images"], self._transform.layout), outputs["labels"])
 
     def _empty(self) -> Batch:
@@ -258,15 +262,14 @@ def _once(pipeline: Pipeline) -> DALIGenericIterator:
     )
 
 
-def _from_start(iterator: DALIGenericIterator) -> Iterator[dict[str, Tensor]]:
+def _from_start(iterator: DALIGenericIterator) -> Generator[dict[str, Tensor], None, None]:
     try:
-        while True:
-            try:
-                yield next(iterator)[0]
-            except StopIteration:
-                return
-    finally:
+        for outputs in iter(lambda: next(iterator, None), None):
+            yield outputs[0]
+    except GeneratorExit:  # a loop left early; after an error of DALI's there is nothing to read on to
         _finish(iterator)
+        raise
+    iterator.reset()
 
 
 def _finish(iterator: DALIGenericIterator) -> None:

@@ -4,6 +4,7 @@ Session-scoped and read-only: a test that changes files copies them first.
 """
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,21 @@ def shard_dir(synth_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     """Shards of `synth_tree`: 4 for training, 2 for validation, without colour statistics."""
     out = tmp_path_factory.mktemp("shards") / "shards"
     make_shards(open_source(synth_tree), out, samples_per_shard=SAMPLES_PER_SHARD, num_workers=2)
+    return out
+
+
+@pytest.fixture(scope="session")
+def ready_shards(shard_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of `shard_dir` with its colour statistics: what training and evaluation read."""
+    from pipeline.console import Progress  # here: the modules below take seconds to import
+    from pipeline.shardset import ShardSet
+    from tools.pca import compute
+
+    out = tmp_path_factory.mktemp("ready") / "shards"
+    shutil.copytree(shard_dir, out)
+    shards = ShardSet.open(out)
+    progress = Progress("pca", shards.num_samples("train"), "images")
+    compute(shards, device="cpu", num_threads=2, progress=progress).save(out)
     return out
 
 

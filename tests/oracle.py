@@ -6,11 +6,15 @@ mistake would have to be made twice. Left out: speed, and every check of argumen
 P = Krizhevsky, Sutskever & Hinton, NIPS 2012, with the section; S = the 2012 source released in 2025, net 145.
 """
 
-from collections.abc import Mapping
+import io
+import tarfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 Array = NDArray[np.float64]
 
@@ -137,6 +141,88 @@ def paper_update(
     """One step of P 5: (w, v) after it. The rate multiplies the gradient on its way into the velocity."""
     v = momentum * v - decay * lr * w - lr * gradient
     return w + v, v
+
+
+def read_samples(tars: Iterable[Path]) -> dict[str, tuple[NDArray[np.uint8], int]]:
+    """Every sample of some shards by key, in stored order: pixels (256, 256, 3) as Pillow decodes them, and label."""
+    pixels: dict[str, NDArray[np.uint8]] = {}
+    labels: dict[str, int] = {}
+    for path in tars:
+        with tarfile.open(path) as tar:
+            for member in tar:
+                key, _, suffix = member.name.partition(".")
+                data = tar.extractfile(member).read()  # type: ignore[union-attr]
+                if suffix == "jpg":
+                    pixels[key] = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+                else:
+                    labels[key] = int(data)
+    return {key: (pixels[key], labels[key]) for key in pixels}
+
+
+def augment(
+    pixels: NDArray[np.uint8],
+    offset: tuple[int, int],
+    flip: bool,
+    shift: Array,
+    *,
+    mean: Array | None = None,
+    mean_image: Array | None = None,
+    std: Array | None = None,
+    divisor: float = 1.0,
+) -> Array:
+    """(3, 224, 224): crop at (y, x), flip, add the colour shift, subtract a mean, divide.
+
+    `mean` (3,) or `mean_image` (256, 256, 3), of which S subtracts the centre from every crop, after the flip.
+    """
+    y, x = offset
+    result = np.zeros((3, 224, 224))
+    for channel in range(3):
+        crop = pixels[y : y + 224, x : x + 224, channel].astype(np.float64)
+        if flip:
+            crop = crop[:, ::-1]
+        crop = crop + shift[channel]
+        if mean is not None:
+            crop = crop - mean[channel]
+        if mean_image is not None:
+            crop = crop - mean_image[16:240, 16:240, channel].astype(np.float64)
+        result[channel] = crop / divisor / (1.0 if std is None else std[channel])
+    return result
+
+
+def central_crop(pixels: NDArray[np.uint8], **normalisation: Any) -> Array:
+    """(3, 224, 224): 16 pixels off each edge, no flip, no colour shift."""
+    return augment(pixels, (16, 16), False, np.zeros(3), **normalisation)
+
+
+def ten_crops(pixels: NDArray[np.uint8], **normalisation: Any) -> Array:
+    """(10, 3, 224, 224), P 4.1: upper left and right, lower left and right, centre; then the same five flipped."""
+    corners = [(0, 0), (0, 32), (32, 0), (32, 32), (16, 16)]
+    upright = [augment(pixels, corner, False, np.zeros(3), **normalisation) for corner in corners]
+    flipped = [augment(pixels, corner, True, np.zeros(3), **normalisation) for corner in corners]
+    return np.stack(upright + flipped)
+
+
+def color_moments(images: Iterable[NDArray[np.uint8]]) -> tuple[Array, Array]:
+    """Mean (3,) and covariance (3, 3) of all pixels, in two passes: first the mean, then the deviations from it."""
+    flat = np.concatenate([image.reshape(-1, 3) for image in images]).astype(np.float64)
+    mean = np.array([flat[:, channel].mean() for channel in range(3)])
+    covariance = np.zeros((3, 3))
+    for i in range(3):
+        for j in range(3):
+            covariance[i, j] = ((flat[:, i] - mean[i]) * (flat[:, j] - mean[j])).mean()
+    return mean, covariance
+
+
+def lighting_shift(eigenvalues: Array, eigenvectors: Array, alpha: Array, *, kind: str) -> Array:
+    """(3,) grey levels 0-255, for alpha ~ N(0, 0.1) and the eigenbasis of the covariance of pixels 0-255.
+
+    "paper" (P 4.1): [p1 p2 p3][a1 l1, a2 l2, a3 l3] with l those of pixels in [0, 1]; "original" (S): the root of l.
+    """
+    shift = np.zeros(3)
+    for k in range(3):
+        step = 255 * eigenvalues[k] / 255**2 if kind == "paper" else eigenvalues[k] ** 0.5
+        shift += eigenvectors[:, k] * alpha[k] * step
+    return shift
 
 
 def _neighbours(i: int, n: int, tower_maps: int) -> range:

@@ -19,7 +19,7 @@ _SETTINGS = {"help_option_names": ["-h", "--help"], "show_default": True}
 _NEWEST = "newest"
 
 
-def _add_common_options(function: Callable[..., None]) -> Callable[..., None]:
+def _add_common_options(function: Callable[..., Any]) -> Callable[..., Any]:
     version = click.version_option(package_name="alexnet-dali", prog_name="alexnet-dali")
     shards = click.option("--shards", envvar="ALEXNET_SHARDS", show_envvar=True, type=click.Path(path_type=Path),
                           show_default="the run's own, else ./shards", help="Folder of shards.")  # fmt: skip

@@ -1,6 +1,6 @@
 """Ranks: how they start, agree, reduce and stop. One process is a world of one, without a process group.
 
-The decision that shaped it: whoever starts ranks (our launcher, torchrun, a cluster's) says so in torch's own variables,
+The decision that shaped it: whoever starts ranks (our launcher, torchrun, a cluster) says so in torch's own names,
 and `join` reads only those. GPUs reduce with NCCL, everything on the CPU with gloo. Left out: what the ranks compute
 (train.py, evaluate.py).
 """

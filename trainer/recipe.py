@@ -244,13 +244,14 @@ _SMALL = replace(
     init="he",
     hidden_bias=0.0,
     bias_decay=0.0,
+    width=0.5,
     global_batch_size=64,
-    epochs=12,
+    epochs=24,
     schedule="cosine",
-    warmup_epochs=1.0,
+    warmup_epochs=2.0,
     precision="auto",
 )
 # The synthetic thousand of `make demo`, in two minutes of two CPU cores.
-_DEMO = replace(_SMALL, name="demo", width=0.25, global_batch_size=32, epochs=10)
+_DEMO = replace(_SMALL, name="demo", width=0.25, dropout=0.2, global_batch_size=32, epochs=16)
 
 RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (_PAPER, _ORIGINAL, _SMALL, _DEMO)}
