@@ -251,7 +251,7 @@ _SMALL = replace(
     warmup_epochs=2.0,
     precision="auto",
 )
-# The synthetic thousand of `make demo`, in two minutes of two CPU cores. At a rate of 0.01 the loss fell back to ln 10 once.
+# The synthetic thousand of `make demo`, in two minutes of two CPU cores; at a rate of 0.01 the loss once fell back.
 _DEMO = replace(_SMALL, name="demo", width=0.25, dropout=0.2, lr=0.005, global_batch_size=32, epochs=20)
 
 RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (_PAPER, _ORIGINAL, _SMALL, _DEMO)}
