@@ -4,6 +4,7 @@ The decision that shaped it: flags become one frozen Job before anything heavy i
 that `--help` answers at once and a wrong flag costs nothing. Left out: the work; that is in the modules imported below.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -137,8 +138,8 @@ def _choose_devices(num_gpus: int | None) -> tuple[int, bool]:
             + ", or check nvidia-smi and CUDA_VISIBLE_DEVICES"
         )
     wanted = found if num_gpus is None else num_gpus
-    if wanted == 0 and num_gpus is None:
-        console.note("no GPU is visible: training on the CPU")
+    if wanted == 0 and num_gpus is None and os.environ.get("RANK", "0") == "0":
+        console.note("no GPU is visible: using the CPU")
     return (1 if under_launcher() else max(wanted, 1)), wanted > 0
 
 
