@@ -7,14 +7,14 @@ one number from one stretch. Left out: comparison with other loaders (scripts in
 import statistics
 import time
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
 from pipeline.colorstats import ColorStats
-from pipeline.loader import TrainLoader
 from pipeline.shardset import ShardSet
+from trainer.distributed import Ranks
 from trainer.recipe import Recipe
+from trainer.train import make_train_loader
 
 NUM_ROUNDS = 5
 
@@ -42,20 +42,8 @@ def measure_loader(
 ) -> LoaderRate:
     """Feed batches to nobody for about `duration_s` seconds, after one round of warm-up."""
     colors = ColorStats.load(shards.root, shards.fingerprint)
-    device: Literal["cpu", "gpu"] = "gpu" if use_gpu else "cpu"
-    loader = TrainLoader(
-        shards,
-        colors,
-        global_batch_size=recipe.global_batch_size,
-        device=device,
-        mean=recipe.mean,
-        lighting=recipe.lighting,
-        crop=recipe.crop,
-        flip=recipe.flip,
-        unit_variance=recipe.unit_variance,
-        layout="NHWC",
-        num_threads=num_threads,
-    )
+    ranks = Ranks(0, 1, torch.device("cuda" if use_gpu else "cpu"))
+    loader = make_train_loader(shards, colors, recipe, ranks, num_threads=num_threads)
     batches = iter(loader)
     rates, num_images = [], 0
     for round_number in range(NUM_ROUNDS + 1):
@@ -71,4 +59,4 @@ def measure_loader(
         if round_number:  # the first is the warm-up
             rates.append(count / (time.perf_counter() - start_s))
             num_images += count
-    return LoaderRate(statistics.median(rates), min(rates), max(rates), NUM_ROUNDS, num_images, device)
+    return LoaderRate(statistics.median(rates), min(rates), max(rates), NUM_ROUNDS, num_images, ranks.feed)

@@ -8,9 +8,9 @@ update rule and the record keeping, each in a file of its own.
 
 import math
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -82,6 +82,27 @@ def train_step(
     return logits
 
 
+def make_train_loader(
+    shards: ShardSet, colors: ColorStats, recipe: Recipe, ranks: Ranks, seed: int = 0, num_threads: int | None = None
+) -> TrainLoader:
+    return TrainLoader(
+        shards,
+        colors,
+        global_batch_size=recipe.global_batch_size,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        device=ranks.feed,
+        mean=recipe.mean,
+        lighting=recipe.lighting,
+        crop=recipe.crop,
+        flip=recipe.flip,
+        unit_variance=recipe.unit_variance,
+        layout="NHWC",
+        seed=seed,
+        num_threads=num_threads,
+    )
+
+
 class _Run:
     """A run in progress: what is trained, what feeds it, how far it is."""
 
@@ -130,30 +151,15 @@ class _Run:
         if saved and saved["is_best"]:  # killed between saving and marking, perhaps
             self._mark_best()
 
-    def _lighting(self, epoch: int) -> str | None:
+    def _lighting(self, epoch: int) -> Literal["paper", "original"] | None:
         off = self.job.recipe.lighting_off_epoch
         return None if off is not None and epoch >= off else self.job.recipe.lighting
 
     def _make_loader(self) -> TrainLoader:
-        recipe = self.job.recipe
-        switched_off = self.lighting != recipe.lighting
-        return TrainLoader(
-            self.shards,
-            self.colors,
-            global_batch_size=recipe.global_batch_size,
-            rank=self.ranks.rank,
-            world_size=self.ranks.world_size,
-            device=self.ranks.feed,
-            mean=recipe.mean,
-            lighting=self.lighting,
-            crop=recipe.crop,
-            flip=recipe.flip,
-            unit_variance=recipe.unit_variance,
-            layout="NHWC",
-            # another graph begins its streams anew: with a seed of its own it does not repeat the first epochs
-            seed=stream_seed(self.job.seed, "no lighting") if switched_off else self.job.seed,
-            num_threads=self.job.num_threads,
-        )
+        recipe, seed = replace(self.job.recipe, lighting=self.lighting), self.job.seed
+        if recipe != self.job.recipe:  # another graph begins its streams anew: it must not repeat the first epochs
+            seed = stream_seed(seed, "no lighting")
+        return make_train_loader(self.shards, self.colors, recipe, self.ranks, seed, self.job.num_threads)
 
     def _open_folder(self) -> None:
         if not self.job.resume:

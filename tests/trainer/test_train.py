@@ -133,6 +133,14 @@ def test_a_signal_finishes_the_step_saves_and_the_resumed_run_is_the_same(
     assert_same_run(tmp_path / "runs" / "demo", finished)
 
 
+def test_a_run_resumed_at_the_epoch_that_ends_the_colour_noise_equals_one_straight_through(ready_shards, tmp_path):
+    words = ["--shards", ready_shards, *NARROW, "--set", "schedule=milestones", "--set", "lighting_off_epoch=2"]
+    run("alexnet-train", *words, "--epochs", 2, "--name", "straight", cwd=tmp_path)
+    run("alexnet-train", *words, "--epochs", 1, "--name", "halved", cwd=tmp_path)
+    run("alexnet-train", "--resume", "halved", "--epochs", 2, cwd=tmp_path)
+    assert_same_run(tmp_path / "runs" / "halved", tmp_path / "runs" / "straight")
+
+
 def test_eval_gives_the_error_of_the_best_epoch_and_adds_ten_crops_to_the_metrics(finished, tmp_path):
     copy = tmp_path / "runs" / "demo"
     shutil.copytree(finished, copy)
