@@ -20,6 +20,7 @@ SCHEMA = 1
 IMAGE_SIZE_PX = 256
 MANIFEST = "manifest.json"
 SPLITS = ("train", "val")
+ENDINGS = {"jpeg": "jpg", "raw": "rgb"}  # of a sample's image, by the manifest's encoding
 CLS_DIGITS = 5  # a label is stored as five ASCII digits: int() reads it, DALI sees a fixed width
 KEY_DIGITS = 9
 _SHARD_NAME = re.compile(r"(train|val)-\d{6}\.tar")

@@ -22,10 +22,12 @@ _NUM_NAMED = 8
 
 
 class Entry(NamedTuple):
-    """One image: its path inside the source, by which it is traced, and its class index."""
+    """One image: its path inside the source, by which it is traced, its class index, and, where the path does not say
+    it, where the bytes are (numbers that the source's `read` understands)."""
 
     path: str
     label: int
+    where: tuple[int, ...] = ()
 
     @property
     def base_name(self) -> str:
