@@ -1,37 +1,38 @@
-"""Where the images are: a source laid out in folders, as a list of entries and a way to read one.
+"""Where the images are: any of the forms in which ImageNet lies on disks, as a list of entries and a way to read one.
 
 The decision that shaped it: what a source holds (class table, entries in canonical order) is plain data, and reading
 is one picklable function, so that a worker process is sent entries and the function, never the whole listing. Class
 indices are the ranks of the class names in sorted order, and the canonical order (train by class and base name, val by
-base name) depends on names alone, so it is the same wherever the images lie. Left out: looking into the images.
+base name, endings aside) depends on names alone, so it is the same wherever the images lie. Left out: looking into the
+images, and each layout's own ways (layouts/).
 """
 
-import os
+import gc
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from types import ModuleType
 
 from pipeline.errors import UserError
 from pipeline.shardset import SPLITS, ClassEntry
+from tools.layouts import LAYOUTS, folder, kaggle, official, parquet, webdataset
+from tools.layouts.folder import list_names
+from tools.layouts.listing import (
+    IMAGE_ENDINGS,
+    Entry,
+    Listing,
+    load_ilsvrc2012,
+    name_some,
+    pick_classes,
+    put_in_order,
+    take_share,
+)
+from tools.layouts.spans import keep_open
 
-IMAGE_ENDINGS = (".jpeg", ".jpg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff")
-_EXPECTED = "expected SOURCE/train/<class>/*.JPEG and, if there is one, SOURCE/val/<class>/*.JPEG"
-_NUM_NAMED = 8
+__all__ = ["IMAGE_ENDINGS", "Entry", "Source", "open_source"]
 
-
-class Entry(NamedTuple):
-    """One image: its path inside the source, by which it is traced, its class index, and, where the path does not say
-    it, where the bytes are (numbers that the source's `read` understands)."""
-
-    path: str
-    label: int
-    where: tuple[int, ...] = ()
-
-    @property
-    def base_name(self) -> str:
-        return self.path.rpartition("/")[2]
+_MODULES: dict[str, ModuleType] = dict(zip(LAYOUTS, (folder, kaggle, official, parquet, webdataset), strict=True))
+_MAX_FOLDERS_DOWN = 32  # in a folder with more in it, we do not go looking
 
 
 @dataclass(frozen=True)
@@ -52,112 +53,100 @@ class Source:
         return self.splits[split]
 
 
-def open_source(path: str | Path) -> Source:
-    """List the images of the folder layout: PATH/train/<class>/* and optionally PATH/val/<class>/*.
+def open_source(
+    path: str | Path,
+    *,
+    layout: str | None = None,
+    val_fraction: float | None = None,
+    seed: int = 0,
+    subset: str | Path | None = None,
+) -> Source:
+    """List the images in the folder `path`, in the layout that is found there, or in `layout`.
 
-    Hidden files are passed over, links followed, files without an image's ending counted in a remark. Raises UserError
-    for anything that is not such a folder with at least one training image.
+    `val_fraction` of each class's training images, chosen by `seed`, is for validation where the source does not say
+    what is; `subset` names a file of class names (wnids), one a line, to keep. Raises UserError for what is none of the
+    layouts or not whole, and for options that do not fit it; OSError for what cannot be read.
     """
-    root = Path(path)
+    keep_open.cache_clear()
+    has_collector = gc.isenabled()
+    gc.disable()  # it would walk over millions of tuples again and again, none of which is in a cycle
+    try:
+        return _open_source(Path(path), layout, val_fraction, seed, None if subset is None else Path(subset))
+    finally:
+        if has_collector:
+            gc.enable()
+
+
+def _open_source(root: Path, layout: str | None, val_fraction: float | None, seed: int, subset: Path | None) -> Source:
+    module, at = _find_layout(root, layout)
+    listing: Listing = module.scan(at)
+    if at != root:
+        listing.remarks.insert(0, f"{listing.layout} layout found in {at}")
+    if subset is not None:
+        pick_classes(listing, subset)
+    if not listing.train:
+        raise UserError(f"{at}: no training image of these classes, expected at least one; choose others by --subset")
+    _divide(listing, val_fraction, seed)
+    names, train, val = put_in_order(listing)
+    titles = load_ilsvrc2012() | listing.titles
+    classes = tuple(ClassEntry(index, name, titles.get(name, name)) for index, name in enumerate(names))
+    splits = dict(zip(SPLITS, (train, val), strict=True))
+    return Source(listing.layout, classes, splits, listing.read, tuple(listing.remarks))
+
+
+def _divide(listing: Listing, val_fraction: float | None, seed: int) -> None:
+    if val_fraction is not None:
+        if listing.val:
+            raise UserError(
+                f"{listing.root}: has {len(listing.val):,} validation images, and --val-fraction takes more out of the "
+                "training images; give one or the other: leave --val-fraction out, or move the validation images away"
+            )
+        take_share(listing, val_fraction, seed)
+    elif listing.is_undivided:
+        raise UserError(
+            f"{listing.root}: class folders and no folder train/, so nothing says which images are for validation; "
+            "give --val-fraction 0.05 to take that share of each class, or put the class folders into train/"
+        )
+    elif not listing.val:
+        wanted = "no folder val/" if listing.layout in ("folder", "kaggle") else "no validation images"
+        listing.remarks.append(f"{wanted}: the shards will have no validation set (--val-fraction takes a share)")
+
+
+def _find_layout(root: Path, layout: str | None) -> tuple[ModuleType, Path]:
+    """The layout's module and the folder to scan: `root`, a folder that the layout has below it, or, if that is the
+    only one there, a folder in `root`."""
+    if layout is not None and layout not in _MODULES:
+        raise UserError(f"layout {layout!r}: expected one of {', '.join(LAYOUTS)}")
+    names = LAYOUTS if layout is None else (layout,)
+    expected = "expected " + ", or ".join(f"{_MODULES[name].EXPECTED} ({name})" for name in names)
     if not root.exists():
-        raise UserError(f"{root}: no such folder; {_EXPECTED}")
+        raise UserError(f"{root}: no such folder; {expected}")
     if not root.is_dir():
-        raise UserError(f"{root}: is a file; {_EXPECTED}")
-    found = _list_names(root)
-    if not (root / "train").is_dir():
-        held = f"holds {_name_some(found)}" if found else "is empty"
-        raise UserError(f"{root}: {held} and no folder train/; {_EXPECTED}")
-
-    folders, num_ignored = _list_split(root, "train")
-    if not folders:
-        raise UserError(f"{root / 'train'}: holds no folders, expected one per class; {_EXPECTED}")
-    empty = sorted(name for name, files in folders.items() if not files)
-    names = sorted(folders.keys() - set(empty))
-    if not names:
-        raise UserError(
-            f"{root / 'train'}: none of its {len(empty)} class folders holds an image; expected files ending in "
-            f"{' '.join(IMAGE_ENDINGS)} directly in each"
-        )
-    labels = {name: label for label, name in enumerate(names)}
-    train = [Entry(f"train/{name}/{file}", labels[name]) for name in names for file in sorted(folders[name])]
-    remarks = []
-    if empty:
-        remarks.append(f"train: {len(empty)} class folders without an image passed over: {_name_some(empty)}")
-
-    val: list[Entry] = []
-    if (root / "val").is_dir():
-        val, num_ignored_val = _list_val(root, labels)
-        num_ignored += num_ignored_val
-    else:
-        remarks.append("no folder val/: the shards will have no validation set")
-    if num_ignored:
-        remarks.append(f"{num_ignored} other files (not ending in {' '.join(IMAGE_ENDINGS)}) not used")
-    if "test" in found:
-        remarks.append("test/ not used: its images have no labels")
-    classes = tuple(ClassEntry(index, name, name) for index, name in enumerate(names))
-    return Source("folder", classes, dict(zip(SPLITS, (train, val), strict=True)), partial(_read, root), tuple(remarks))
+        raise UserError(f"{root}: is a file; give the folder it is in; {expected}")
+    found = _match(root, names)
+    if not found:
+        held = list_names(root)
+        folders = [root / name for name in held if (root / name).is_dir()]
+        if len(folders) <= _MAX_FOLDERS_DOWN:
+            found = [pair for folder in folders for pair in _match(folder, names)]
+        if not found:
+            shown = f"holds {name_some(held)}" if held else "is empty"
+            train = " and no folder train/" if layout in (None, "folder") else ""
+            above = _match(root.absolute().parent, names) if root.name in ("train", "val", "data") else []
+            hint = f"; did you mean {above[0][1]}?" if above else ""
+            raise UserError(f"{root}: {shown}{train}; {expected}{hint}")
+    if len(found) > 1:
+        seen = ", ".join(f"{_name(module)} in {at}" for module, at in found)
+        raise UserError(f"{root}: more than one source: {seen}; give one's folder, or choose by --layout")
+    return found[0]
 
 
-def _list_val(root: Path, labels: dict[str, int]) -> tuple[list[Entry], int]:
-    folders, num_ignored = _list_split(root, "val")
-    if not any(folders.values()):
-        raise UserError(
-            f"{root / 'val'}: {len(folders)} class folders and {num_ignored} other files, but no image in a class "
-            f"folder; {_EXPECTED}, or no val/ at all"
-        )
-    unknown = sorted(name for name, files in folders.items() if files and name not in labels)
-    if unknown:
-        raise UserError(
-            f"{root / 'val'}: {len(unknown)} classes without training images: {_name_some(unknown)}; "
-            "expected the classes of train/; rename or remove them"
-        )
-    entries = [Entry(f"val/{name}/{file}", labels[name]) for name, files in folders.items() for file in files]
-    return sorted(entries, key=lambda entry: (entry.base_name, entry.label)), num_ignored
+def _match(root: Path, names: tuple[str, ...]) -> list[tuple[ModuleType, Path]]:
+    found = [(_MODULES[name], at) for name in names if (at := _MODULES[name].find(root))]
+    # Kaggle's CLS-LOC/ has train/ and val/ like any other.
+    kaggle_at = [at for module, at in found if module is kaggle]
+    return [(module, at) for module, at in found if module is not folder or at not in kaggle_at]
 
 
-def _list_split(root: Path, split: str) -> tuple[dict[str, list[str]], int]:
-    """Image names by class folder, and how many visible files are none."""
-    folders: dict[str, list[str]] = {}
-    num_ignored = 0
-    with os.scandir(root / split) as items:
-        for item in items:
-            if item.name.startswith("."):
-                continue
-            if item.is_dir():
-                folders[item.name], ignored = _list_images(item.path)
-                num_ignored += ignored
-            else:
-                num_ignored += 1
-    return folders, num_ignored
-
-
-def _list_images(folder: str) -> tuple[list[str], int]:
-    files, num_ignored = [], 0
-    with os.scandir(folder) as items:
-        for item in items:
-            if item.name.startswith("."):
-                continue
-            # A broken link counts as an image: reading it fails, so it ends in the failure list and not in silence.
-            if item.name.lower().endswith(IMAGE_ENDINGS) and (item.is_file() or _is_broken_link(item)):
-                files.append(item.name)
-            else:
-                num_ignored += 1
-    return files, num_ignored
-
-
-def _is_broken_link(item: os.DirEntry[str]) -> bool:
-    return item.is_symlink() and not os.path.exists(item.path)  # noqa: PTH110 - a path of 1.3 million
-
-
-def _list_names(folder: Path) -> list[str]:
-    return sorted(name for name in os.listdir(folder) if not name.startswith("."))  # noqa: PTH208 - names, not paths
-
-
-def _name_some(names: list[str]) -> str:
-    """The first few names, quoted, so that a message stays one line whatever they are."""
-    shown = ", ".join(repr(name) for name in names[:_NUM_NAMED])
-    return f"{shown} and {len(names) - _NUM_NAMED} more" if len(names) > _NUM_NAMED else shown
-
-
-def _read(root: Path, entry: Entry) -> bytes:
-    return (root / entry.path).read_bytes()
+def _name(module: ModuleType) -> str:
+    return module.__name__.rpartition(".")[2]

@@ -1,4 +1,4 @@
-"""The folder layout: canonical order, what is passed over, and one line for each way of being something else."""
+"""Finding the layout; folders: canonical order, what is passed over, one line for each way of being neither."""
 
 import os
 import pickle
@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import UserError
+from tests.layout_builders import BUILDERS, build_folder, build_official, build_tar
+from tools.layouts import LAYOUTS
 from tools.sources import Entry, open_source
 
 
@@ -61,7 +63,7 @@ def test_images_are_known_by_their_ending_and_the_rest_is_counted(tmp_path):
     (tmp_path / "train/a/folder.jpg").mkdir()
     source = open_source(tmp_path)
     assert len(source.entries("train")) == len(endings)
-    assert any(remark.startswith("4 other files") for remark in source.remarks)
+    assert any(remark.startswith("train: 4 other files") for remark in source.remarks)
 
 
 def test_links_are_followed_and_a_broken_one_is_not_lost_in_silence(tmp_path):
@@ -136,7 +138,7 @@ def make_unknown_class(root: Path) -> Path:
     ("make", "message"),
     [
         (make_missing, "missing: no such folder; expected SOURCE/train/<class>/"),
-        (make_file, "file: is a file; expected SOURCE/train/<class>/"),
+        (make_file, "file: is a file; give the folder it is in; expected SOURCE/train/<class>/"),
         (make_empty, "is empty and no folder train/; expected"),
         (make_other, "holds 'ILSVRC', 'LOC_val_solution.csv' and no folder train/; expected"),
         (make_train_a_file, "holds 'train' and no folder train/"),
@@ -155,3 +157,69 @@ def test_anything_else_is_refused_in_one_line(tmp_path, make, message):
 def test_a_long_list_of_names_is_cut(tmp_path):
     with pytest.raises(UserError, match="'f7' and 12 more and no folder train/"):
         open_source(fill(tmp_path, *(f"f{n}" for n in range(0, 10)), *(f"g{n}" for n in range(10))))
+
+
+# Finding the layout
+
+
+@pytest.mark.parametrize("layout", BUILDERS)
+def test_a_layout_is_found_in_the_only_folder_below(synth_tree, tmp_path, layout):
+    BUILDERS[layout](synth_tree, tmp_path / "above/imagenet")
+    source = open_source(tmp_path / "above")
+    assert source.layout == layout and len(source.entries("train")) == 64
+    assert source.remarks[0].startswith(f"{layout} layout found in {tmp_path / 'above/imagenet'}")
+
+
+def test_two_sources_in_one_folder_need_a_choice(synth_tree, tmp_path):
+    build_official(synth_tree, tmp_path)
+    build_folder(synth_tree, tmp_path)
+    with pytest.raises(UserError, match=r"more than one source: folder in .*, official in .*; .* choose by --layout"):
+        open_source(tmp_path)
+    assert {name: open_source(tmp_path, layout=name).layout for name in ("folder", "official")} == {
+        "folder": "folder",
+        "official": "official",
+    }
+
+
+def test_nothing_known_lists_what_was_looked_for_and_found(tmp_path):
+    with pytest.raises(UserError) as caught:
+        open_source(fill(tmp_path, "readme.txt", "images/1.JPEG"))
+    message = str(caught.value)
+    assert "holds 'images', 'readme.txt' and no folder train/; expected" in message and "\n" not in message
+    for layout in LAYOUTS:
+        assert f"({layout})" in message
+
+
+def test_a_layout_that_is_not_there_is_refused_by_name(tmp_path):
+    fill(tmp_path, "train/a/1.JPEG")
+    with pytest.raises(UserError, match=r"holds 'train'; expected SOURCE/\*train\*.tar .*\(webdataset\)$"):
+        open_source(tmp_path, layout="webdataset")
+    with pytest.raises(
+        UserError, match="layout 'tfrecord': expected one of folder, kaggle, official, parquet, webdataset"
+    ):
+        open_source(tmp_path, layout="tfrecord")
+
+
+def test_a_folder_of_a_split_is_met_with_the_one_that_was_meant(tmp_path):
+    fill(tmp_path, "train/a/1.JPEG", "val/a/2.JPEG")
+    with pytest.raises(UserError, match=f"did you mean {tmp_path}\\?$"):
+        open_source(tmp_path / "val")
+
+
+def test_other_names_of_validation_folders_are_remarked(tmp_path):
+    source = open_source(fill(tmp_path, "train/a/1.JPEG", "valid/a/1.JPEG"))
+    assert any("'valid' not used: validation images are looked for in val/" in remark for remark in source.remarks)
+
+
+def test_a_replaced_file_is_read_anew(tmp_path):
+    for content in (b"one", b"other"):
+        (tmp_path / "train.tar").unlink(missing_ok=True)
+        (tmp_path / "train.tar").write_bytes(build_tar([("a.jpg", content), ("a.cls", b"0")]))
+        source = open_source(tmp_path)
+        assert source.read(source.entries("train")[0]) == content
+
+
+def test_folders_of_splits_are_not_taken_for_classes(tmp_path):
+    fill(tmp_path, "val/1.JPEG", "test/2.JPEG", "extra/3.JPEG")
+    with pytest.raises(UserError, match="holds 'extra', 'test', 'val' and no folder train/"):
+        open_source(tmp_path, val_fraction=0.5)

@@ -1,0 +1,208 @@
+"""What a layout finds, and how it becomes a `Source`'s splits: names, order, subset and validation share.
+
+The decision that shaped it: layouts only say which images there are and which class each is of, by a provisional label
+into `names`. Everything that must be the same whatever the layout (class indices, canonical order, the share taken for
+validation) is done here, from names alone. Left out: finding and reading the images.
+"""
+
+import hashlib
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+from pipeline.errors import UserError
+
+IMAGE_ENDINGS = (".jpeg", ".jpg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff")
+_NUM_NAMED = 8
+_WNID_BEHIND = re.compile(r"_n[0-9]{8}(?=(\.[^.]*)?$)")
+_TRAIN_NAME = re.compile(r"(n[0-9]{8})_")
+
+
+class Entry(NamedTuple):
+    """One image: its path inside the source, by which it is traced, its class index, and, where the path does not say
+    it, where the bytes are (numbers that the source's `read` understands). The path is never opened unless a folder
+    was listed to get it: a name out of an archive is a name and no more."""
+
+    path: str
+    label: int
+    where: tuple[int, ...] = ()
+
+    @property
+    def base_name(self) -> str:
+        return self.path.rpartition("/")[2]
+
+
+@dataclass
+class Listing:
+    """What a layout holds. `names[label]` is the class (wnid) of the entries with that provisional label; `titles`
+    are names for people that come with the source; `is_undivided`: there is no word on what is for validation."""
+
+    layout: str
+    root: Path
+    names: list[str]
+    train: list[Entry]
+    val: list[Entry]
+    read: Callable[[Entry], bytes]
+    titles: dict[str, str] = field(default_factory=dict)
+    remarks: list[str] = field(default_factory=list)
+    is_undivided: bool = False
+
+
+def name_some(names: list[str]) -> str:
+    """The first few names, quoted, so that a message stays one line whatever they are."""
+    shown = ", ".join(repr(name) for name in names[:_NUM_NAMED])
+    return f"{shown} and {len(names) - _NUM_NAMED} more" if len(names) > _NUM_NAMED else shown
+
+
+def split_stem(base_name: str) -> tuple[str, str]:
+    """A name without its ending, and the ending: ("a.b", ".jpg"). An image is ordered by its stem: endings differ
+    between layouts."""
+    stem, dot, ending = base_name.rpartition(".")
+    return (stem, dot + ending) if stem else (base_name, "")
+
+
+def strip_wnid(base_name: str) -> str:
+    """Without the `_<wnid>` that Hugging Face's copies put behind the official name."""
+    return _WNID_BEHIND.sub("", base_name)
+
+
+@lru_cache(maxsize=1)
+def load_ilsvrc2012() -> dict[str, str]:
+    """The 1000 wnids of ILSVRC2012 in sorted order, with their names."""
+    lines = Path(__file__).with_name("ilsvrc2012.txt").read_text(encoding="utf-8").splitlines()
+    return dict(line.split(" ", 1) for line in lines if not line.startswith("#"))
+
+
+def find_wnid(name: str, base_name: str) -> str | None:
+    """The wnid that an image's original and normalised base names tell: n01440764_10026.JPEG, or the one behind."""
+    if behind := _WNID_BEHIND.search(name):
+        return behind[0][1:]
+    before = _TRAIN_NAME.match(base_name)
+    return before[1] if before else None
+
+
+def name_labels(
+    labels: set[int], wnids: dict[int, set[str | None]], titles: dict[int, str] | None = None
+) -> tuple[dict[int, str], str]:
+    """Class names of the training labels of a source that numbers its classes, and a remark ("" where none is due).
+
+    `wnids`: what the names of a label's images tell. Tried in turn: one wnid for each label, another for each; the
+    sorted wnids of ILSVRC2012, if the labels, or `titles` (the source's own names) that fit, are 0 to 999; those
+    titles, if no two are the same; the numbers, padded so that they sort as numbers.
+    """
+    told = {label: next(iter(wnids[label])) for label in labels if len(wnids.get(label, ())) == 1}
+    by_image = {label: wnid for label, wnid in told.items() if wnid}
+    if len(by_image) == len(labels) == len(set(by_image.values())):
+        return by_image, ""
+    table = load_ilsvrc2012()
+    if set(titles or labels) == set(range(len(table))) and (not titles or _fit(titles, table)):
+        return dict(enumerate(table)), "labels 0 to 999 are taken for the sorted wnids of ILSVRC2012"
+    if titles and labels <= titles.keys() and len(set(titles.values())) == len(titles):
+        return titles, ""
+    width = len(str(max(labels, default=0)))
+    return {label: f"{label:0{width}d}" for label in labels}, "classes are called by their numbers, for want of names"
+
+
+def _fit(titles: dict[int, str], table: dict[str, str]) -> bool:
+    """Whether these are ILSVRC2012's classes: editions of the list differ in a few words."""
+    same = [titles[label].split(",")[0] == name.split(",")[0] for label, name in enumerate(table.values())]
+    return sum(same) > len(same) // 2
+
+
+def pick_classes(listing: Listing, subset: Path) -> None:
+    """Keep the images of the classes that the file lists: one a line, `#` before a comment. Raises UserError for names
+    that `listing` does not have, or none at all."""
+    try:
+        lines = subset.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise UserError(f"{subset}: {reason}; expected a text file of wnids, one a line") from error
+    known, wanted = set(listing.names), []
+    for line in lines:
+        name = re.sub(r"(^|\s)#.*", "", line).strip()
+        if name:
+            first = name.split()[0]
+            wanted.append(first if name not in known and first in known else name)  # "wnid name" is a common form
+    if not wanted:
+        raise UserError(f"{subset}: names no class; expected wnids, one a line")
+    if unknown := sorted(set(wanted) - known):
+        raise UserError(
+            f"{subset}: {len(unknown)} classes that {listing.root} does not have: {name_some(unknown)}; "
+            f"expected names such as {name_some(sorted(known)[:2])}"
+        )
+    picked = set(wanted)
+    kept = [name in picked for name in listing.names]
+    num_before = len(listing.train) + len(listing.val)
+    listing.train = [entry for entry in listing.train if kept[entry.label]]
+    listing.val = [entry for entry in listing.val if kept[entry.label]]
+    num_left = num_before - len(listing.train) - len(listing.val)
+    listing.remarks.append(f"{len(picked)} classes of {subset}; {num_left:,} images of other classes not used")
+
+
+def take_share(listing: Listing, fraction: float, seed: int) -> None:
+    """Move `fraction` of each class's training images, rounded, to validation; at least one stays for training.
+
+    Which ones follows from seed, class and name of each image alone. Raises UserError if that leaves none.
+    """
+    if not 0 < fraction < 1:
+        raise UserError(f"--val-fraction {fraction}: expected a number between 0 and 1, such as 0.05")
+    by_class: dict[int, list[Entry]] = {}
+    for entry in listing.train:
+        by_class.setdefault(entry.label, []).append(entry)
+    train: list[Entry] = []
+    val: list[Entry] = []
+    for label, entries in by_class.items():
+        salt = f"{seed} {listing.names[label]} "
+
+        def draw(entry: Entry, salt: str = salt) -> tuple[bytes, tuple[str, ...]]:
+            key = _sort_key(entry)
+            return hashlib.sha256((salt + key[0]).encode("utf-8", "surrogateescape")).digest(), key[:3]
+
+        entries.sort(key=draw)
+        num_val = min(int(len(entries) * fraction + 0.5), len(entries) - 1)
+        val.extend(entries[:num_val])
+        train.extend(entries[num_val:])
+    if not val:
+        largest = max(len(entries) for entries in by_class.values())
+        raise UserError(
+            f"--val-fraction {fraction}: takes no image of any class, the largest has {largest}; expected a larger "
+            "share, or classes of more images"
+        )
+    listing.train, listing.val = train, val
+
+
+def put_in_order(listing: Listing) -> tuple[tuple[str, ...], list[Entry], list[Entry]]:
+    """Sorted names of the classes that have training images; train and val in canonical order with final labels.
+
+    Raises UserError for validation images of other classes.
+    """
+    by_class: list[list[Entry]] = [[] for _ in listing.names]
+    for entry in listing.train:
+        by_class[entry.label].append(entry)
+    listing.train = []  # 1.3 million of them: not to be held twice
+    classes = sorted((name, label) for label, name in enumerate(listing.names) if by_class[label])
+    final = {label: index for index, (_, label) in enumerate(classes)}
+    strangers = sorted({listing.names[entry.label] for entry in listing.val if entry.label not in final})
+    if strangers:
+        raise UserError(
+            f"{listing.root / 'val'}: {len(strangers)} classes without training images: {name_some(strangers)}; "
+            "expected the classes of train/; rename or remove them, or choose classes by --subset"
+        )
+    train: list[Entry] = []
+    for _, label in classes:
+        by_class[label].sort(key=_sort_key)
+        index = final[label]
+        train.extend(Entry(path, index, where) for path, _, where in by_class[label])
+        by_class[label] = []
+    val = [Entry(path, final[label], where) for path, label, where in listing.val]
+    val.sort(key=lambda entry: (_sort_key(entry)[0], entry.label, *_sort_key(entry)))
+    return tuple(name for name, _ in classes), train, val
+
+
+def _sort_key(entry: Entry) -> tuple[str, str, str, tuple[int, ...]]:
+    path, _, where = entry
+    base_name = path.rpartition("/")[2]
+    return base_name.rpartition(".")[0] or base_name, base_name, path, where
