@@ -1,8 +1,8 @@
 """Snappy streams, a fragment at a time: what is needed to undo a part of one.
 
-The decision that shaped it: Snappy's library compresses 64 KiB by 64 KiB, each by itself, so that the fragments that hold a value
-are a stream of their own once their length is put in front. Only tags are read to find them, and literals (images, to
-Snappy) are stepped over. The format does not promise such fragments: a stream of others is refused (`Unlocatable`).
+The decision that shaped it: Snappy's library compresses 64 KiB by 64 KiB, each by itself, so that the fragments that
+hold a value are a stream of their own once their length is put in front. Only tags are read to find them, and literals
+(images, to Snappy) are stepped over. The format does not promise such fragments: others are refused (`Unlocatable`).
 """
 
 from collections.abc import Iterator
