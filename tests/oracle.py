@@ -159,6 +159,35 @@ def read_samples(tars: Iterable[Path]) -> dict[str, tuple[NDArray[np.uint8], int
     return {key: (pixels[key], labels[key]) for key in pixels}
 
 
+def bicubic_weights(size_in: int, size_out: int, wanted: range) -> Array:
+    """(wanted, size_in): Keys' cubic (a = -0.5), stretched by the scale where that shrinks, so that it antialiases."""
+    scale = size_in / size_out
+    stretch = max(scale, 1.0)
+    weights = np.zeros((len(wanted), size_in))
+    for row, output in enumerate(wanted):
+        centre = (output + 0.5) * scale
+        x = np.abs(np.arange(size_in) + 0.5 - centre) / stretch
+        near, far = 1.5 * x**3 - 2.5 * x**2 + 1, -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2
+        weights[row] = np.where(x < 1, near, np.where(x < 2, far, 0.0))
+        weights[row] /= weights[row].sum()
+    return weights
+
+
+def central_square(pixels: NDArray[np.uint8], size: int = 256) -> Array:
+    """(H, W, 3) -> (size, size, 3), P 2: resize until the shorter side is `size`, keep the central square.
+
+    Columns, then rows, as Pillow does it, so that both clip what overshoots between the two.
+    """
+    height, width, _ = pixels.shape
+    weights = []
+    for side in (height, width):
+        resized = max(size, round(side * size / min(height, width)))
+        start = (resized - size) // 2
+        weights.append(bicubic_weights(side, resized, range(start, start + size)))
+    across = np.einsum("xw,hwc->hxc", weights[1], pixels.astype(np.float64), optimize=True).clip(0, 255)
+    return np.einsum("yh,hxc->yxc", weights[0], across, optimize=True).clip(0, 255)
+
+
 def augment(
     pixels: NDArray[np.uint8],
     offset: tuple[int, int],
