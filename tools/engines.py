@@ -9,6 +9,7 @@ promised: a unit's output must depend on the unit alone. Left out: what a unit i
 import multiprocessing
 import os
 import signal
+import sys
 import traceback
 from collections.abc import Callable, Iterable, Sequence
 from multiprocessing.connection import Connection, wait
@@ -32,6 +33,13 @@ class _Finished(NamedTuple):
 def count_cpus() -> int:
     """CPUs that this process may use."""
     return len(os.sched_getaffinity(0))
+
+
+def use_one_thread() -> None:
+    """Keep the libraries of a worker from starting threads of their own: there is one process for each CPU already."""
+    os.environ["OMP_NUM_THREADS"] = "1"  # heeded by what is imported later
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
 
 
 def run_units(
@@ -127,6 +135,7 @@ def _work(function: Callable[[Any, Callable[[Any], None]], Any], connection: Con
         except OSError:
             raise SystemExit(1) from None  # the parent is gone: unwind (removing temporary files) and end
 
+    use_one_thread()
     while True:
         try:
             unit = connection.recv()

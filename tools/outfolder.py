@@ -1,138 +1,190 @@
-"""The folder that shards are written to: whose it is, what in it may be removed, whether there is room.
+"""The folder or bucket that shards are written to: whose it is, what in it is finished, what may be removed.
 
 The decision that shaped it: nothing is overwritten or removed on the strength of its name alone. A folder is ours if
 it is empty or says which job it belongs to (manifest, `job.json` of an unfinished job, or a shard's record); in a
-folder that is ours, what the current job cannot account for is swept away. Left out: what a shard holds.
+folder that is ours, what the current job cannot account for is swept away. Left out: who may work in it now (lock.py).
 """
 
-import os
+import hashlib
+import json
 import re
-import shutil
-from pathlib import Path
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import PurePath
+from typing import Any
 
 from pipeline.colorstats import COLOR_FILE, MEAN_IMAGE_FILE
 from pipeline.errors import UserError
-from pipeline.shardset import MANIFEST, SCHEMA, ShardSet, read_json, write_json
+from pipeline.machine import is_running, machine_id
+from pipeline.shardset import MANIFEST, SCHEMA, Manifest, Shard, ShardSet
+from tools.lock import Part, is_lock
+from tools.shardwriter import Failure, Written
+from tools.store import FolderStore, Item, Store
 
 JOB_FILE = "job.json"
 FAILURES_FILE = "failures.jsonl"
+TEMPORARY_AGE_S = 3600.0  # without a change, after which a half-written file of another machine is nobody's
 # The manifest first: from then on the folder counts as unfinished.
 _FOLDER_FILES = (MANIFEST, COLOR_FILE, MEAN_IMAGE_FILE, FAILURES_FILE)
 _SHARD_FILE = re.compile(r"(train|val)-\d{6}\.(tar|idx|json)")
-_TEMPORARY_FILE = re.compile(r"\.(?P<name>.+)\.tmp(?P<pid>\d+)")
+_TEMPORARY_FILE = re.compile(r"\.(?P<name>.+?)(\.(?P<machine>[0-9a-f]{8}))?\.tmp(?P<pid>\d+)", re.DOTALL)
 _NUM_NAMED = 3
+_NUM_READERS = 8  # records read at a time: a bucket answers slowly, but many at once
 
 
-def find_complete(out: Path, job: str) -> ShardSet | None:
-    """The finished output of `job`, if that is what `out` holds. Raises UserError if it is, and is damaged."""
-    return ShardSet.open(out) if _job_in(out / MANIFEST) == job else None
+def find_complete(store: Store, items: Mapping[str, Item], job: str) -> Manifest | None:
+    """The manifest of the finished output of `job`, if `store` holds that. Raises UserError if it does, and a tar is
+    not as it should be (in a folder: or an index)."""
+    if MANIFEST not in items or _job_in(store, MANIFEST) != job:
+        return None
+    if isinstance(store, FolderStore):
+        return ShardSet.open(store.root).manifest
+    manifest = Manifest.parse(json.loads(store.read(MANIFEST)), store.locate(MANIFEST))
+    for shard in manifest.shards:
+        size = items[shard.file].bytes if shard.file in items else None
+        if size != shard.bytes:
+            got = "missing" if size is None else f"{size} bytes"
+            raise UserError(
+                f"{store.locate(shard.file)}: {got}, expected {shard.bytes} bytes; restore it, or run "
+                "`alexnet-prep shard` again with --force"
+            )
+    return manifest
 
 
-def check_ours(out: Path, job: str, *, force: bool) -> None:
-    """Raise UserError unless `out` may be written: new, empty, or of this job (with `force`: of any job of ours)."""
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out}: is a file, expected a folder; choose another --out")
-    names = _list_names(out)
+def check_ours(store: Store, items: Mapping[str, Item], job: str, *, force: bool, part: Part | None) -> None:
+    """Raise UserError unless `store` may be written: new, empty, or of this job (with `force`: of any job of ours)."""
+    names = _list_visible(items)
     if not names:
         return
     records = (name for name in names if _SHARD_FILE.fullmatch(name) and name.endswith(".json"))
-    owner = next((found for name in (MANIFEST, JOB_FILE, *records) if (found := _job_in(out / name))), None)
+    marks = (name for name in (MANIFEST, JOB_FILE, *records) if name in items)
+    owner = next((found for name in marks if (found := _job_in(store, name))), None)
     if owner is None:
         shown = ", ".join(repr(name) for name in names[:_NUM_NAMED])
         raise UserError(
-            f"{out}: holds {len(names)} files that are no shards made here ({shown}...), expected a new or empty "
+            f"{store}: holds {len(names)} files that are no shards made here ({shown}...), expected a new or empty "
             "folder; choose another --out"
         )
-    if owner != job and not force:
+    if owner != job and (part or not force):
+        remedy = "replace them once with --force and without --part" if part else "replace them with --force"
         raise UserError(
-            f"{out}: holds shards of another job ({owner[:12]}, this one is {job[:12]}): other images or options; "
-            "replace them with --force, or choose another --out"
+            f"{store}: holds shards of another job ({owner[:12]}, this one is {job[:12]}): other images or options; "
+            f"{remedy}, or choose another --out"
         )
 
 
-def check_room(out: Path, needed_bytes: int, *, kept: set[str]) -> None:
-    """Raise UserError if `needed_bytes` will not fit, counting what `claim` will free. `kept` are names of tars."""
-    folder = out
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
-    freed = sum(_size_of(out / name) for name in _list_ours(out, kept))
-    free = shutil.disk_usage(folder).free + freed
-    if needed_bytes > free:
-        raise UserError(
-            f"{out}: about {_in_gb(needed_bytes)} needed, {_in_gb(free)} free on its disk; "
-            "free some space or choose another --out"
-        )
-
-
-def claim(out: Path, job: str, *, kept: set[str]) -> None:
-    """Make the folder, mark it as this job's, and remove what an earlier job or a killed run left but for `kept`."""
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(out / JOB_FILE, {"schema": SCHEMA, "job": job})
-    for name in _list_ours(out, kept):
-        (out / name).unlink(missing_ok=True)
-    remove_temporaries(out)
-
-
-def release(out: Path) -> None:
-    """Take the mark of an unfinished job away, once the manifest is there."""
-    (out / JOB_FILE).unlink(missing_ok=True)
-
-
-def remove_temporaries(out: Path) -> None:
-    """Remove half-written files of ours whose writers are no longer alive."""
-    for path in out.iterdir():
-        match = _TEMPORARY_FILE.fullmatch(path.name)
-        if match and _is_ours(match["name"]) and not _is_alive(int(match["pid"])):
-            path.unlink(missing_ok=True)
-
-
-def _job_in(path: Path) -> str | None:
-    """The job that a manifest, mark or record names; None if there is no such file or it names none."""
-    try:
-        raw = read_json(path)
-    except UserError:
-        return None
-    job = raw.get("job") if isinstance(raw, dict) else None
-    return job if isinstance(job, str) else None
-
-
-def _is_ours(name: str) -> bool:
-    return name in (*_FOLDER_FILES, JOB_FILE) or bool(_SHARD_FILE.fullmatch(name))
-
-
-def _list_names(out: Path) -> list[str]:
-    """What lies in `out`, but for half-written files of ours: these a run leaves that is killed before its mark."""
-    if not out.is_dir():
-        return []
-    names = sorted(path.name for path in out.iterdir())
-    temporary = {name for name in names if (match := _TEMPORARY_FILE.fullmatch(name)) and _is_ours(match["name"])}
-    return [name for name in names if name not in temporary]
-
-
-def _list_ours(out: Path, kept: set[str]) -> list[str]:
+def list_ours(items: Iterable[str], kept: Iterable[str]) -> list[str]:
     """Files of ours that do not belong to the tars `kept`, in the order to remove them."""
-    names = set(_list_names(out))
-    stems = {Path(file).stem for file in kept}
-    shard_files = [name for name in names if _SHARD_FILE.fullmatch(name) and Path(name).stem not in stems]
+    names = _list_visible(items)
+    stems = {PurePath(file).stem for file in kept}
+    shard_files = [name for name in names if _SHARD_FILE.fullmatch(name) and PurePath(name).stem not in stems]
     # Records before tars: without its record a shard is not taken for finished.
     return [name for name in _FOLDER_FILES if name in names] + sorted(
         shard_files, key=lambda name: name[-5:] != ".json"
     )
 
 
-def _size_of(path: Path) -> int:
-    return path.stat().st_size if path.is_file() else 0
+def claim(store: Store, items: Mapping[str, Item], job: str, *, kept: Iterable[str]) -> None:
+    """Mark the store as this job's, and remove what an earlier job or a killed run left, but for the tars `kept`."""
+    mark(store, job)
+    for name in list_ours(items, kept):
+        store.delete(name)
 
 
-def _is_alive(pid: int) -> bool:
+def claim_part(store: Store, items: Mapping[str, Item], job: str, *, redone: Iterable[str]) -> None:
+    """As `claim`, for one that is not alone here: of the tars only `redone` are taken back, and if there are any, what
+    was made of the whole."""
+    mark(store, job)
+    records = [PurePath(file).with_suffix(".json").name for file in redone]
+    for name in (*_FOLDER_FILES, *records) if records else ():
+        if name in items:
+            store.delete(name)
+
+
+def mark(store: Store, job: str) -> None:
+    """From here on the store is this job's, and unfinished until there is a manifest."""
+    store.write(JOB_FILE, encode_json({"schema": SCHEMA, "job": job}))
+
+
+def release(store: Store) -> None:
+    """Take the mark of an unfinished job away, once the manifest is there."""
+    store.delete(JOB_FILE)
+
+
+def remove_temporaries(store: Store) -> None:
+    """Remove half-written files of ours whose writers are no longer alive."""
+    items = store.list()
+    now_s = max((item.modified_s for item in items.values()), default=0.0)  # the lock of this job is never old
+    for name, item in items.items():
+        match = _TEMPORARY_FILE.fullmatch(name)
+        if not match or not _is_ours(match["name"]):
+            continue
+        if match["machine"] == machine_id():
+            is_dead = not is_running(int(match["pid"]))
+        else:
+            is_dead = now_s - item.modified_s > TEMPORARY_AGE_S
+        if is_dead:
+            store.delete(name)
+
+
+def find_finished(store: Store, items: Mapping[str, Item], files: Iterable[str], job: str) -> dict[str, Written]:
+    """Those of `files` that are complete: record of this job, tar of its size, unchanged index. In the given order."""
+    listed = [file for file in files if _record_of(file) in items and file in items]
+    with ThreadPoolExecutor(_NUM_READERS) as pool:
+        found = pool.map(lambda file: _find_one(store, items[file], file, job), listed)
+        return {file: written for file, written in zip(listed, found, strict=True) if written}
+
+
+def find_unrecorded(items: Iterable[str], files: Iterable[str]) -> list[str]:
+    """Those of `files` without a record: certainly not finished."""
+    names = set(items)
+    return [file for file in files if _record_of(file) not in names]
+
+
+def _find_one(store: Store, tar: Item, file: str, job: str) -> Written | None:
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+        raw: dict[str, Any] = json.loads(store.read(_record_of(file)))
+        if raw["job"] != job or raw["file"] != file:
+            return None
+        shard = Shard(file, str(raw["split"]), int(raw["samples"]), int(raw["bytes"]), str(raw["sha256"]))
+        failures = tuple(Failure(**failure) for failure in raw["failures"])
+        num_repaired = len(raw["repaired"])
+        if tar.bytes != shard.bytes:
+            return None
+        index = store.read(PurePath(file).with_suffix(".idx").name)
+        is_whole = hashlib.sha256(index).hexdigest() == raw["idx_sha256"]
+    except (OSError, KeyError, TypeError, ValueError, RecursionError):
+        return None  # damaged in whatever way: it is written again
+    return Written(shard, failures, num_repaired) if is_whole else None
 
 
-def _in_gb(num_bytes: int) -> str:
-    return f"{num_bytes / 1e9:.3g} GB"
+def _record_of(file: str) -> str:
+    return PurePath(file).with_suffix(".json").name
+
+
+def _job_in(store: Store, name: str) -> str | None:
+    """The job that a manifest, mark or record names; None if there is no such file or it names none."""
+    try:
+        raw = json.loads(store.read(name))
+    except (OSError, ValueError, RecursionError):
+        return None
+    job = raw.get("job") if isinstance(raw, dict) else None
+    return job if isinstance(job, str) else None
+
+
+def _is_ours(name: str) -> bool:
+    return name in (*_FOLDER_FILES, JOB_FILE) or is_lock(name) or bool(_SHARD_FILE.fullmatch(name))
+
+
+def _list_visible(items: Iterable[str]) -> list[str]:
+    """What lies there, but for locks and half-written files of ours, which a run killed before its mark may leave."""
+
+    def is_hidden(name: str) -> bool:
+        match = _TEMPORARY_FILE.fullmatch(name)
+        return is_lock(name) or bool(match and _is_ours(match["name"]))
+
+    return sorted(name for name in items if not is_hidden(name))
+
+
+def encode_json(value: Any) -> bytes:
+    return (json.dumps(value, indent=1) + "\n").encode()

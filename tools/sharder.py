@@ -1,15 +1,15 @@
-"""Images -> a finished folder of shards: plan, resume, drive the workers, complete.
+"""Images -> a finished folder of shards: lock, resume, drive the workers, complete.
 
 The decision that shaped it: a job is named by a fingerprint of everything its bytes follow from, and a work unit is one
 shard. What an interrupted run of the same job finished is kept, whatever is not accounted for is written again, and
 another job's output is never touched unasked. `job.json` marks a folder as ours from before the first shard until the
-manifest, which comes last. Left out: writing one shard (shardwriter.py) and where workers run (engines.py).
+manifest, which comes last, from whoever finds all shards finished. Left out: the plan (plan.py), writing one shard
+(shardwriter.py), where workers run (engines.py, engine_ray.py), and where files go (store.py).
 """
 
-import hashlib
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from functools import partial
@@ -17,36 +17,57 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from pipeline.console import Progress, note
 from pipeline.errors import UserError
-from pipeline.shardset import IMAGE_SIZE_PX, MANIFEST, SCHEMA, SPLITS, Manifest, ShardSet, write_json
-from tools.engines import run_units
-from tools.outfolder import FAILURES_FILE, check_ours, check_room, claim, find_complete, release, remove_temporaries
-from tools.shardwriter import Failure, Setup, Tick, Unit, Written, find_finished, write_failures, write_unit
+from pipeline.shardset import IMAGE_SIZE_PX, MANIFEST, SCHEMA, SPLITS, Manifest
+from tools.engine_ray import run_units_on_ray
+from tools.engines import count_cpus, run_units
+from tools.imaging import Device, Encoding
+from tools.lock import Lock, Part, refuse_held
+from tools.outfolder import (
+    FAILURES_FILE,
+    check_ours,
+    claim,
+    claim_part,
+    encode_json,
+    find_complete,
+    find_finished,
+    find_unrecorded,
+    list_ours,
+    release,
+    remove_temporaries,
+)
+from tools.plan import RAW_QUALITY, Options, Plan
+from tools.plan import fingerprint_job as fingerprint_job  # these three for those who check a folder
+from tools.plan import name_shards as name_shards
+from tools.plan import order_samples as order_samples
+from tools.shardwriter import Failure, Setup, Tick, Written, encode_failures, write_unit
 from tools.sources import Source
+from tools.store import Store, open_store
 
-ENCODING = "jpeg"
-BYTES_PER_IMAGE = 30_000  # of a photograph at quality 90 with its tar headers; an estimate on the safe side
+ENGINES = ("local", "ray")
 _NUM_NAMED = 3
+_PRELOAD = ("tools.shardwriter", "torch", "webdataset")
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What a run did: images and shards per split in the folder, shards found finished, images that failed, total size
-    of the tars, and images and seconds of this run."""
+    """What a run did. Images, shards and failures are those of the whole output or, if that is not complete yet, those
+    of this part. `missing_parts` are the parts of which shards are missing."""
 
-    out: Path
+    out: Path | str
     images: dict[str, int]
     shards: dict[str, int]
     num_kept_shards: int
     num_failures: int
+    num_repaired: int
     num_bytes: int
     num_prepared: int
     duration_s: float
     was_complete: bool
+    is_complete: bool
+    num_missing_shards: int = 0
+    missing_parts: tuple[int, ...] = ()
 
     @property
     def images_per_s(self) -> float:
@@ -56,37 +77,24 @@ class Summary:
         return {**asdict(self), "out": str(self.out), "images_per_s": round(self.images_per_s, 1)}
 
 
-def order_samples(num_samples: int, seed: int | None) -> NDArray[np.int64]:
-    """Canonical positions in stored order: shuffled by `seed`, or as they are if it is None."""
-    if seed is None:
-        return np.arange(num_samples)
-    # The raw stream of a bit generator never changes between versions of NumPy; Generator.permutation may.
-    return np.argsort(np.random.PCG64(seed).random_raw(num_samples), kind="stable")
+@dataclass(frozen=True)
+class Engine:
+    """Where units are written: `num_workers` local processes (None: one per CPU), or as many tasks of a Ray cluster
+    (None: one per CPU of it) at `ray_address` (None: a Ray of its own on this machine)."""
 
+    name: str = "local"
+    num_workers: int | None = None
+    ray_address: str | None = None
 
-def name_shards(split: str, num_samples: int, samples_per_shard: int) -> list[str]:
-    return [f"{split}-{number:06d}.tar" for number in range(-(-num_samples // samples_per_shard))]
-
-
-def plan_units(source: Source, *, seed: int, samples_per_shard: int) -> Iterator[Unit]:
-    """The shards of `source`, train in a global shuffle, val in canonical order. Made one by one: listings are long."""
-    for split in SPLITS:
-        entries = source.entries(split)
-        order = order_samples(len(entries), seed if split == "train" else None)
-        for number, file in enumerate(name_shards(split, len(entries), samples_per_shard)):
-            positions = order[number * samples_per_shard : (number + 1) * samples_per_shard].tolist()
-            yield Unit(file, split, tuple(positions), tuple(entries[position] for position in positions))
-
-
-def fingerprint_job(source: Source, *, seed: int, quality: int, samples_per_shard: int) -> str:
-    """SHA-256 (hex) over what the output follows from, except the images' bytes."""
-    options = (SCHEMA, source.layout, seed, quality, IMAGE_SIZE_PX, ENCODING, samples_per_shard)
-    digest = hashlib.sha256(repr(options).encode())
-    for split in SPLITS:
-        digest.update(f"\n{split}".encode())
-        for entry in source.entries(split):
-            digest.update(f"\n{entry.label} {entry.path}".encode("utf-8", "surrogateescape"))
-    return digest.hexdigest()
+    def run(self, setup: Setup, units: Any, **callbacks: Any) -> None:
+        function = partial(write_unit, setup)
+        if self.name == "ray":
+            on_gpu = setup.options.device == "gpu"
+            run_units_on_ray(
+                function, units, num_tasks=self.num_workers, address=self.ray_address, on_gpu=on_gpu, **callbacks
+            )
+        else:
+            run_units(function, units, num_workers=self.num_workers or count_cpus(), preload=_PRELOAD, **callbacks)
 
 
 def limit_failures(text: str, num_images: int) -> int:
@@ -98,7 +106,7 @@ def limit_failures(text: str, num_images: int) -> int:
     return int(text)
 
 
-def refuse_failures(failures: list[Failure], max_failures: str, num_images: int) -> None:
+def refuse_failures(failures: Sequence[Failure], max_failures: str, num_images: int) -> None:
     """Raise UserError, naming the first few, if more images failed than `limit_failures` allows."""
     limit = limit_failures(max_failures, num_images)
     if len(failures) > limit:
@@ -109,125 +117,195 @@ def refuse_failures(failures: list[Failure], max_failures: str, num_images: int)
         )
 
 
-def _name_failures(failures: list[Failure]) -> str:
+def _name_failures(failures: Sequence[Failure]) -> str:
     """The first few, with names quoted, so that a message stays one line whatever they are."""
     return "; ".join(f"{f.source!r}: {f.reason} ({f.exception})" for f in failures[:_NUM_NAMED])
-
-
-def estimate_bytes(quality: int) -> int:
-    """Bytes of an average stored photograph: 1 at quality 90, 0.6 at 75, 1.5 at 95, 4 at 100 times BYTES_PER_IMAGE."""
-    return round(BYTES_PER_IMAGE * (10 / max(100 - quality, 1)) ** 0.6)
 
 
 def make_shards(
     source: Source,
     out: str | Path,
     *,
-    num_workers: int,
+    num_workers: int | None = None,
     samples_per_shard: int = 5000,
     seed: int = 0,
     quality: int = 90,
+    encoding: Encoding = "jpeg",
+    device: Device = "cpu",
     max_failures: str = "0.1%",
     force: bool = False,
+    part: Part | None = None,
+    engine: str = "local",
+    ray_address: str | None = None,
 ) -> Summary:
-    """Make, or finish making, the shards of `source` in the folder `out`; the same bytes for any number of workers.
+    """Make, or finish making, the shards of `source` in the folder or bucket `out`; the same bytes for any number of
+    workers, any engine, and in whatever parts.
 
-    A complete output of the same job is left as it is. Raises UserError for a folder of another job or of other files,
-    too little disk space, too many failures, a split of which nothing is left, or a worker that dies; OSError for a
-    folder that cannot be written. Shards that were finished stay, and the same call goes on from there.
+    A complete output of the same job is left as it is. With `part`, only that share of the shards is made, and whoever
+    finds all of them finished completes the output. `max_failures` is of all images: each part holds its own failures
+    against it, and who completes holds all of them. Raises UserError for a folder of another job or of other files or
+    in use, too little disk space, too many failures, a split of which nothing is left, or a worker that dies; OSError
+    for a folder that cannot be written. Shards that were finished stay, and the same call goes on from there.
     """
     start_s = time.monotonic()
-    out = Path(out).absolute()
-    job = fingerprint_job(source, seed=seed, quality=quality, samples_per_shard=samples_per_shard)
-    check_ours(out, job, force=force)
-    if not force and (complete := find_complete(out, job)):
-        release(out)
-        kept = len(complete.manifest.shards)
-        return _summarise(complete, num_kept=kept, num_prepared=0, start_s=start_s, was_complete=True)
-
-    num_images = sum(len(source.entries(split)) for split in SPLITS)
-    files = [name for split in SPLITS for name in name_shards(split, len(source.entries(split)), samples_per_shard)]
-    written: dict[str, Written] = {}
-    if not force:
-        written = {file: found for file in files if (found := find_finished(out, file, job))}
-    num_kept, num_left = len(written), num_images - sum(_count_seen(unit) for unit in written.values())
-    check_room(out, num_left * estimate_bytes(quality), kept=set(written))
-    claim(out, job, kept=set(written))
-    if num_kept:
-        note(f"{out}: {num_kept} of {len(files)} shards were finished before and are kept")
-
-    failures = [failure for unit in written.values() for failure in unit.failures]
-    refuse_failures(failures, max_failures, num_images)
-    setup = Setup(out, job, quality, source.read)
-    units = plan_units(source, seed=seed, samples_per_shard=samples_per_shard)
-    try:
-        with Progress("shard", num_left, "images") as progress:
-
-            def show(tick: Tick) -> None:
-                failures.extend(tick.failures)
-                refuse_failures(failures, max_failures, num_images)
-                progress.advance(tick.num_images, failures=str(len(failures)))
-
-            run_units(
-                partial(write_unit, setup),
-                (unit for unit in units if unit.file not in written),
-                num_workers=num_workers,
-                on_result=lambda unit: written.update({unit.shard.file: unit}),
-                on_progress=show,
-                preload=("tools.shardwriter", "webdataset"),
-            )
-    finally:
-        remove_temporaries(out)
-    _complete(source, setup, [written[file] for file in files], seed=seed, samples_per_shard=samples_per_shard)
-    return _summarise(ShardSet.open(out), num_kept=num_kept, num_prepared=num_left, start_s=start_s, was_complete=False)
+    quality = RAW_QUALITY if encoding == "raw" else quality
+    plan = Plan(source, Options(seed, samples_per_shard, quality, encoding, device))
+    run = _Run(plan, open_store(out), part, force, max_failures, start_s)
+    refuse_held(run.store, run.store.list(), plan.job, part)
+    if not (done := run.inspect()):
+        run.check_room(num_workers or count_cpus())
+        with Lock(run.store, plan.job, part) as lock:
+            # Looked at again: whoever held the lock until now may have finished it.
+            done = run.inspect() or run.make(Engine(engine, num_workers, ray_address), lock)
+    return done
 
 
-def _count_seen(unit: Written) -> int:
-    return unit.shard.samples + len(unit.failures)
+@dataclass
+class _Run:
+    """One call of `make_shards`."""
 
+    plan: Plan
+    store: Store
+    part: Part | None
+    force: bool
+    max_failures: str
+    start_s: float
 
-def _complete(source: Source, setup: Setup, written: list[Written], *, seed: int, samples_per_shard: int) -> None:
-    """Write the failure list and, last, the manifest."""
-    # A shard without a single usable image is not worth a reader's while: DALI refuses an empty index.
-    shards = tuple(unit.shard for unit in written if unit.shard.samples)
-    failures = [failure for unit in written for failure in unit.failures]
-    totals = {split: sum(shard.samples for shard in shards if shard.split == split) for split in SPLITS}
-    for split in SPLITS:
-        if source.entries(split) and not totals[split]:
-            lost = [failure for unit in written if unit.shard.split == split for failure in unit.failures]
+    def inspect(self) -> Summary | None:
+        """The summary, if there is nothing to do. Raises UserError if `store` is not to be written. Changes nothing."""
+        items = self.store.list()
+        check_ours(self.store, items, self.plan.job, force=self.force, part=self.part)
+        if self.force or not (manifest := find_complete(self.store, items, self.plan.job)):
+            return None
+        release(self.store)
+        written = find_finished(self.store, items, self.plan.shards, self.plan.job)
+        return self._summarise(written, num_kept=len(manifest.shards), num_prepared=0, was_complete=True)
+
+    def check_room(self, num_workers: int) -> None:
+        """By what is listed: what of it is finished shows only under the lock."""
+        items, files = self.store.list(), self.plan.share(self.part)
+        redone = set(files if self.force else find_unrecorded(items, files))
+        kept = set(self.plan.shards) - redone
+        freed = sum(items[name].bytes for name in list_ours(items, kept)) if not self.part else 0
+        image_bytes = self.plan.options.estimate_bytes()
+        largest = max((self.plan.shards[file].num_images for file in redone), default=0)
+        self.store.check_room(
+            self.plan.count_images(redone) * image_bytes,
+            freed_bytes=freed,
+            open_bytes=min(num_workers, len(redone)) * largest * image_bytes,
+        )
+
+    def make(self, engine: Engine, lock: Lock) -> Summary:
+        """Write what is missing of this part and, if it was the last, complete the output."""
+        store, plan = self.store, self.plan
+        items, files = store.list(), plan.share(self.part)
+        kept = {} if self.force else find_finished(store, items, files, plan.job)
+        if self.part:
+            claim_part(store, items, plan.job, redone=files if self.force else ())
+        else:
+            claim(store, items, plan.job, kept=kept)
+        remove_temporaries(store)
+        if kept:
+            note(f"{store}: {len(kept)} of {len(files)} shards were finished before and are kept")
+        failures = [failure for unit in kept.values() for failure in unit.failures]
+        self._refuse_failures(failures)
+        left = {file for file in files if file not in kept}
+        num_left = plan.count_images(left)
+        try:
+            with Progress("shard", num_left, "images") as progress:
+
+                def show(tick: Tick) -> None:
+                    lock.check()
+                    failures.extend(tick.failures)
+                    self._refuse_failures(failures)
+                    progress.advance(tick.num_images, failures=str(len(failures)))
+
+                setup = Setup(store, plan.job, plan.options, plan.source.read)
+                engine.run(setup, plan.units(left), on_result=lambda _: lock.check(), on_progress=show)
+        finally:
+            remove_temporaries(store)
+        lock.check()
+        return self._finish(len(kept), num_left)
+
+    def _finish(self, num_kept: int, num_prepared: int) -> Summary:
+        items = self.store.list()
+        missing = find_unrecorded(items, self.plan.shards)
+        if not missing or not self.part:
+            found = find_finished(self.store, items, self.plan.shards, self.plan.job)
+            missing = [file for file in self.plan.shards if file not in found]
+        lost = set(missing) & set(self.plan.share(self.part))
+        if lost:
             raise UserError(
-                f"{split}: none of {len(lost)} images can be used, expected at least one; {_name_failures(lost)}; "
-                "mend them and run again with --force"
+                f"{self.store}: {len(lost)} shards were written and are not there as they were ({min(lost)}...), "
+                "expected one folder for all workers that nobody else changes; run the same command again"
             )
-    write_failures(setup.out / FAILURES_FILE, failures)
-    manifest = Manifest(
-        schema=SCHEMA,
-        created_by=f"alexnet-dali {version('alexnet-dali')}",
-        layout=source.layout,
-        seed=seed,
-        size_px=IMAGE_SIZE_PX,
-        encoding=ENCODING,
-        quality=setup.quality,
-        samples_per_shard=samples_per_shard,
-        classes=source.classes,
-        shards=shards,
-        totals=totals,
-        job=setup.job,
-    )
-    write_json(setup.out / MANIFEST, manifest.to_json())
-    release(setup.out)
+        if not missing:
+            self._complete(found)
+        else:
+            found = find_finished(self.store, items, self.plan.share(self.part), self.plan.job)
+        return self._summarise(found, num_kept=num_kept, num_prepared=num_prepared, missing=missing)
 
+    def _complete(self, written: dict[str, Written]) -> None:
+        """Write the failure list and, last, the manifest. Two that do it at once write the same."""
+        # A shard without a single usable image is not worth a reader's while: DALI refuses an empty index.
+        shards = tuple(unit.shard for unit in written.values() if unit.shard.samples)
+        failures = [failure for unit in written.values() for failure in unit.failures]
+        self._refuse_failures(failures)
+        totals = {split: sum(shard.samples for shard in shards if shard.split == split) for split in SPLITS}
+        for split in SPLITS:
+            if self.plan.source.entries(split) and not totals[split]:
+                lost = [failure for unit in written.values() if unit.shard.split == split for failure in unit.failures]
+                raise UserError(
+                    f"{split}: none of {len(lost)} images can be used, expected at least one; {_name_failures(lost)}; "
+                    "mend them and run again with --force"
+                )
+        if failures:
+            self.store.write(FAILURES_FILE, encode_failures(failures))
+        options = self.plan.options
+        manifest = Manifest(
+            schema=SCHEMA,
+            created_by=f"alexnet-dali {version('alexnet-dali')}",
+            layout=self.plan.source.layout,
+            seed=options.seed,
+            size_px=IMAGE_SIZE_PX,
+            encoding=options.encoding,
+            quality=options.quality,
+            samples_per_shard=options.samples_per_shard,
+            classes=self.plan.source.classes,
+            shards=shards,
+            totals=totals,
+            job=self.plan.job,
+        )
+        self.store.write(MANIFEST, encode_json(manifest.to_json()))
+        release(self.store)
 
-def _summarise(shards: ShardSet, *, num_kept: int, num_prepared: int, start_s: float, was_complete: bool) -> Summary:
-    failures = shards.root / FAILURES_FILE
-    return Summary(
-        out=shards.root,
-        images=dict(shards.manifest.totals),
-        shards={split: len(shards.shards(split)) for split in SPLITS},
-        num_kept_shards=num_kept,
-        num_failures=len(failures.read_bytes().splitlines()) if failures.is_file() else 0,
-        num_bytes=sum(shard.bytes for shard in shards.manifest.shards),
-        num_prepared=num_prepared,
-        duration_s=time.monotonic() - start_s,
-        was_complete=was_complete,
-    )
+    def _refuse_failures(self, failures: Sequence[Failure]) -> None:
+        refuse_failures(failures, self.max_failures, self.plan.num_images)
+
+    def _summarise(
+        self,
+        written: dict[str, Written],
+        *,
+        num_kept: int,
+        num_prepared: int,
+        missing: Sequence[str] = (),
+        was_complete: bool = False,
+    ) -> Summary:
+        shards = [unit.shard for unit in written.values() if unit.shard.samples]
+        place = {file: number for number, file in enumerate(self.plan.shards)}
+        parts = {place[file] % self.part.count + 1 for file in missing} if self.part else set()
+        return Summary(
+            out=getattr(self.store, "root", None) or str(self.store),
+            images={split: sum(shard.samples for shard in shards if shard.split == split) for split in SPLITS},
+            shards={split: sum(shard.split == split for shard in shards) for split in SPLITS},
+            num_kept_shards=num_kept,
+            num_failures=sum(len(unit.failures) for unit in written.values()),
+            num_repaired=sum(unit.num_repaired for unit in written.values()),
+            num_bytes=sum(shard.bytes for shard in shards),
+            num_prepared=num_prepared,
+            duration_s=time.monotonic() - self.start_s,
+            was_complete=was_complete,
+            is_complete=not missing,
+            num_missing_shards=len(missing),
+            missing_parts=tuple(sorted(parts)),
+        )

@@ -1,27 +1,31 @@
 """One work unit: a list of images -> one tar, its DALI index and its record.
 
 The decision that shaped it: the unit's output depends on the unit alone, byte by byte. Tar headers carry no time, user
-or group; an image that cannot be used leaves a gap in the keys and changes nothing else. The record is renamed into
-place last and is the mark that the unit is complete. Left out: which images make a unit, and in what order
-(sharder.py). Runs in worker processes; webdataset, which pulls in torch, is imported there only.
+or group; an image that cannot be used leaves a gap in the keys and changes nothing else. The record gets its name
+last and is the mark that the unit is complete. Left out: which images make a unit, and in what order (plan.py). Runs
+in worker processes; webdataset, which takes a second to import, is imported there only.
 """
 
+import functools
 import hashlib
 import json
-import os
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import PurePath
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
-from pipeline.errors import UserError
-from pipeline.shardset import CLS_DIGITS, KEY_DIGITS, Shard, index_header, read_json, write_atomic, write_json
-from tools.imaging import BadImage, prepare
+from pipeline.shardset import CLS_DIGITS, ENDINGS, KEY_DIGITS, Shard, index_header
+from tools.imaging import BadImage, make_preparer
+from tools.plan import Options, Unit
 from tools.sources import Entry
+from tools.store import Store
+
+if TYPE_CHECKING:
+    from tools.imaging import Prepared, Preparer
 
 TAR_HEADER_BYTES = 512
 TAR_MODE = 0o644
-REPORT_EVERY = 16  # images; also how often a worker finds out that nobody waits for it any more
+BATCH_SIZE = 32  # images prepared at a time; also how often a worker finds out that nobody waits for it any more
 
 
 class Failure(NamedTuple):
@@ -40,25 +44,12 @@ class Tick(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Unit:
-    """The images of one shard in stored order, with their positions in the canonical order of their split."""
-
-    file: str
-    split: str
-    positions: tuple[int, ...]
-    entries: tuple[Entry, ...]
-
-    def __str__(self) -> str:
-        return self.file
-
-
-@dataclass(frozen=True)
 class Setup:
-    """What all units of a job share: output folder, job fingerprint, JPEG quality, how to read a source image."""
+    """What all units of a job share: where to write, job fingerprint, options, how to read a source image."""
 
-    out: Path
+    store: Store
     job: str
-    quality: int
+    options: Options
     read: Callable[[Entry], bytes]
 
 
@@ -68,6 +59,17 @@ class Written:
 
     shard: Shard
     failures: tuple[Failure, ...]
+    num_repaired: int
+
+
+@dataclass
+class _Content:
+    """What goes into index and record while the tar is written: rows, source and repair by key, failures."""
+
+    rows: list[str] = field(default_factory=list)
+    sources: dict[str, str] = field(default_factory=dict)
+    repaired: dict[str, str] = field(default_factory=dict)
+    failures: list[Failure] = field(default_factory=list)
 
 
 class _HashingFile:
@@ -84,99 +86,86 @@ class _HashingFile:
 
 
 def write_unit(setup: Setup, unit: Unit, report: Callable[[Tick], None]) -> Written:
-    """Write `unit` into setup.out: tar, then index, then record, each atomically.
+    """Write `unit` into setup.store: tar, then index, then record, each atomically.
 
     Raises OSError, naming the file, if it cannot be written; an image that cannot be read or used is a Failure.
     """
-    path = setup.out / unit.file
-    temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
+    store, name = setup.store, PurePath(unit.file)
     try:
-        with temporary.open("wb") as file:
+        with store.create(unit.file) as file:
             hashed = _HashingFile(file)
-            rows, sources, failures = _write_samples(setup, unit, hashed, report)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        index = "\n".join([index_header(len(rows)), *rows, ""]).encode("ascii")
-        write_atomic(path.with_suffix(".idx"), index)
-        shard = Shard(unit.file, unit.split, len(rows), hashed.num_bytes, hashed.digest.hexdigest())
+            content = _write_samples(setup, unit, hashed, report)
+        index = "\n".join([index_header(len(content.rows)), *content.rows, ""]).encode("ascii")
+        store.write(name.with_suffix(".idx").name, index)
+        shard = Shard(unit.file, unit.split, len(content.rows), hashed.num_bytes, hashed.digest.hexdigest())
         record = {
             **asdict(shard),
             "idx_sha256": hashlib.sha256(index).hexdigest(),
             "job": setup.job,
-            "sources": sources,
-            "failures": [failure._asdict() for failure in failures],
+            "device": setup.options.device,
+            "sources": content.sources,
+            "repaired": content.repaired,
+            "failures": [failure._asdict() for failure in content.failures],
         }
-        write_json(path.with_suffix(".json"), record)
+        store.write(name.with_suffix(".json").name, (json.dumps(record, indent=1) + "\n").encode())
     except OSError as error:
-        if error.filename is not None:
+        if error.filename is not None or error.errno is None:
             raise
-        raise OSError(error.errno, error.strerror, str(path)) from error
-    finally:
-        temporary.unlink(missing_ok=True)
-    return Written(shard, tuple(failures))
+        raise OSError(error.errno, error.strerror, store.locate(unit.file)) from error
+    return Written(shard, tuple(content.failures), len(content.repaired))
 
 
-def _write_samples(
-    setup: Setup, unit: Unit, file: _HashingFile, report: Callable[[Tick], None]
-) -> tuple[list[str], dict[str, str], list[Failure]]:
-    """Index rows, source path by key, failures."""
+def _write_samples(setup: Setup, unit: Unit, file: _HashingFile, report: Callable[[Tick], None]) -> _Content:
     from webdataset import TarWriter
 
-    rows: list[str] = []
-    sources: dict[str, str] = {}
-    failures: list[Failure] = []
-    num_unreported = num_reported_failures = 0
-    tar = TarWriter(file, user="", group="", mode=TAR_MODE, mtime=0, encoder=False)
-    for position, entry in zip(unit.positions, unit.entries, strict=True):
-        image = _prepare(setup, entry)
-        if isinstance(image, Failure):
-            failures.append(image)
-        else:
-            key = f"{position:0{KEY_DIGITS}d}"
-            row = []
-            for ending, content in (("jpg", image), ("cls", f"{entry.label:0{CLS_DIGITS}d}".encode("ascii"))):
-                row.append(f"{ending} {tar.tarstream.offset + TAR_HEADER_BYTES} {len(content)} {key}.{ending}")
-                tar.write({"__key__": key, ending: content})
-            rows.append(" ".join(row))
-            sources[key] = entry.path
-        num_unreported += 1
-        if num_unreported == REPORT_EVERY or num_reported_failures < len(failures):
-            report(Tick(num_unreported, tuple(failures[num_reported_failures:])))
-            num_unreported, num_reported_failures = 0, len(failures)
-    tar.close()
-    report(Tick(num_unreported, ()))
-    return rows, sources, failures
+    content, ending = _Content(), ENDINGS[setup.options.encoding]
+    with TarWriter(file, user="", group="", mode=TAR_MODE, mtime=0, encoder=False) as tar:
+        for start in range(0, len(unit.entries), BATCH_SIZE):
+            batch = slice(start, start + BATCH_SIZE)
+            num_failures = len(content.failures)
+            images = _prepare(setup, unit.entries[batch])
+            for position, entry, image in zip(unit.positions[batch], unit.entries[batch], images, strict=True):
+                if isinstance(image, Failure):
+                    content.failures.append(image)
+                    continue
+                key = f"{position:0{KEY_DIGITS}d}"
+                row = []
+                for name, data in ((ending, image.content), ("cls", f"{entry.label:0{CLS_DIGITS}d}".encode("ascii"))):
+                    row.append(f"{name} {tar.tarstream.offset + TAR_HEADER_BYTES} {len(data)} {key}.{name}")
+                    tar.write({"__key__": key, name: data})
+                content.rows.append(" ".join(row))
+                content.sources[key] = entry.path
+                if image.repair:
+                    content.repaired[key] = image.repair
+            report(Tick(len(images), tuple(content.failures[num_failures:])))
+    report(Tick(0, ()))  # syncing may take long: not begun if nobody waits for it
+    return content
 
 
-def _prepare(setup: Setup, entry: Entry) -> bytes | Failure:
+def _prepare(setup: Setup, entries: Sequence[Entry]) -> "list[Prepared | Failure]":
+    """One outcome for each entry."""
+    read = [_read(setup, entry) for entry in entries]
+    prepare = _find_preparer(setup.options)
+    outcomes = iter(prepare([data for data in read if not isinstance(data, Failure)]))
+    images: list[Prepared | Failure] = []
+    for entry, data in zip(entries, read, strict=True):
+        image = data if isinstance(data, Failure) else next(outcomes)
+        images.append(Failure(entry.path, image.reason, image.exception) if isinstance(image, BadImage) else image)
+    return images
+
+
+def _read(setup: Setup, entry: Entry) -> bytes | Failure:
     try:
-        return prepare(setup.read(entry), quality=setup.quality)
-    except BadImage as error:
-        return Failure(entry.path, error.reason, error.exception)
+        return setup.read(entry)
     except OSError as error:
         return Failure(entry.path, error.strerror or str(error), type(error).__name__)
 
 
-def find_finished(out: Path, file: str, job: str) -> Written | None:
-    """What an earlier run of the same job completed as `file`: record of this job, tar of its size, unchanged index."""
-    path = out / file
-    if not path.with_suffix(".json").is_file():
-        return None
-    try:
-        raw: dict[str, Any] = read_json(path.with_suffix(".json"))
-        if raw["job"] != job or raw["file"] != file:
-            return None
-        shard = Shard(file, str(raw["split"]), int(raw["samples"]), int(raw["bytes"]), str(raw["sha256"]))
-        failures = tuple(Failure(**failure) for failure in raw["failures"])
-        index = path.with_suffix(".idx").read_bytes()
-        is_whole = path.stat().st_size == shard.bytes and hashlib.sha256(index).hexdigest() == raw["idx_sha256"]
-    except (UserError, OSError, KeyError, TypeError, ValueError):
-        return None  # damaged in whatever way: it is written again
-    return Written(shard, failures) if is_whole else None
+@functools.cache
+def _find_preparer(options: Options) -> "Preparer":
+    return make_preparer(device=options.device, encoding=options.encoding, quality=options.quality)
 
 
-def write_failures(path: Path, failures: list[Failure]) -> None:
-    """One JSON object a line; no file where there is nothing to say."""
-    if failures:
-        write_atomic(path, "".join(json.dumps(failure._asdict()) + "\n" for failure in failures).encode("ascii"))
+def encode_failures(failures: Sequence[Failure]) -> bytes:
+    """One JSON object a line."""
+    return "".join(json.dumps(failure._asdict()) + "\n" for failure in failures).encode("ascii")

@@ -1,6 +1,5 @@
 """`alexnet-prep` as a person meets it: a real process, its words, its exit status."""
 
-import hashlib
 import json
 import os
 import shutil
@@ -12,23 +11,10 @@ from pathlib import Path
 
 import pytest
 
-PREP = Path(sys.executable).with_name("alexnet-prep")
+from tests.sharding import PREP, hash_output, prep, wait_until, wait_until_gone
+
 HEAVY = ("numpy", "torch", "PIL", "nvidia", "webdataset", "rich")
 COMMANDS = ((), ("synth",), ("shard",), ("pca",))
-
-
-def prep(*arguments, cwd=None, status=0, **environment) -> subprocess.CompletedProcess:
-    done = subprocess.run(
-        [str(PREP), *map(str, arguments)],
-        cwd=cwd,
-        env={**{k: v for k, v in os.environ.items() if not k.startswith("ALEXNET_")}, **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
-    assert done.returncode == status, done.stderr
-    return done
 
 
 def assert_one_line_error(done: subprocess.CompletedProcess, *parts: str) -> None:
@@ -36,11 +22,6 @@ def assert_one_line_error(done: subprocess.CompletedProcess, *parts: str) -> Non
     assert last.startswith("error: ") and "Traceback" not in done.stderr and done.stdout == ""
     for part in parts:
         assert part in last
-
-
-def hash_output(out: Path) -> dict[str, str]:
-    files = [path for path in out.iterdir() if path.suffix in (".tar", ".idx")]
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: " ".join(command) or "alexnet-prep")
@@ -164,6 +145,9 @@ def test_bad_places_are_one_line_errors(synth_tree, tmp_path):
         ("shard", "x", "--quality", "101"),
         ("shard", "x", "--seed", "-1"),
         ("shard", "x", "--max-failures", "some"),
+        ("shard", "x", "--part", "0/8"),
+        ("shard", "x", "--encoding", "png"),
+        ("shard", "x", "--engine", "spark"),
         ("synth", "x", "--classes", "0"),
         ("pca", "--device", "tpu"),
         ("unknown",),
@@ -195,32 +179,9 @@ def heed_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def wait_for_record(out: Path, process: subprocess.Popen, limit_s: float = 60) -> None:
-    deadline_s = time.monotonic() + limit_s
-    while not list(out.glob("*-*.json")):
-        assert process.poll() is None, "ended before the first record"
-        assert time.monotonic() < deadline_s, f"no record within {limit_s} s"
-        time.sleep(0.002)
-
-
-def list_group(pgid: int) -> list[int]:
-    """Living processes of a process group."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            state, _parent, group = path.read_text().rpartition(")")[2].split()[:3]
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        if int(group) == pgid and state != "Z":
-            found.append(int(path.parent.name))
-    return found
-
-
-def wait_until_gone(pgid: int, limit_s: float = 30) -> None:
-    deadline_s = time.monotonic() + limit_s
-    while left := list_group(pgid):
-        assert time.monotonic() < deadline_s, f"processes {left} still run after {limit_s} s"
-        time.sleep(0.01)
+def wait_for_record(out: Path, process: subprocess.Popen) -> None:
+    wait_until(lambda: list(out.glob("*-*.json")) or process.poll() is not None, "the first record")
+    assert process.poll() is None, "ended before the first record"
 
 
 @pytest.fixture(scope="module")
@@ -274,7 +235,8 @@ def test_a_worker_that_is_killed_ends_the_run_with_one_line(bigger_tree, tmp_pat
     out = tmp_path / "out"
     with start_shard(bigger_tree, out) as process:
         wait_for_record(out, process)
-        writer = int(next(iter(out.glob(".*.tar.tmp*"))).name.rpartition("tmp")[2])
+        temporary = wait_until(lambda: next(iter(out.glob(".*.tar.*.tmp*")), None), "a shard being written")
+        writer = int(temporary.name.rpartition("tmp")[2])
         os.kill(writer, signal.SIGKILL)
         _, stderr = process.communicate(timeout=60)
     assert process.returncode == 1 and len(stderr.splitlines()) == 1
