@@ -5,17 +5,22 @@ answers at once. Left out: the work itself; that is in the modules named in the 
 """
 
 import os
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from pipeline import console
+from pipeline.errors import UserError
+from pipeline.shardset import ENDINGS
+from tools.cli_inspect import COMMANDS, DEFAULT_SHARDS, SHARDS_VARIABLE
+from tools.layouts import LAYOUTS
 
 if TYPE_CHECKING:
     from pipeline.colorstats import ColorStats
+    from tools.imaging import Device, Encoding
+    from tools.lock import Part
     from tools.sharder import Summary
-
-DEFAULT_SHARDS, SHARDS_VARIABLE = "shards", "ALEXNET_SHARDS"
 
 
 @click.group(cls=console.Group, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
@@ -61,49 +66,95 @@ def _check_limit(_context: click.Context, _parameter: click.Parameter, value: st
     return value
 
 
+def _check_part(_context: click.Context, _parameter: click.Parameter, value: str | None) -> "Part | None":
+    from tools.lock import parse_part
+
+    try:
+        return parse_part(value) if value else None
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from error
+
+
+def _is_given(option: str) -> bool:
+    """Whether an option stands on the command line, not in the environment."""
+    return click.get_current_context().get_parameter_source(option) is click.core.ParameterSource.COMMANDLINE
+
+
 @group.command()
 @click.argument("source", metavar="SOURCE", type=click.Path())
 @click.option("--out", default=DEFAULT_SHARDS, envvar=SHARDS_VARIABLE, show_envvar=True, type=click.Path(),
-              help="Folder to write the shards to.")  # fmt: skip
+              help="Folder, or s3://bucket/prefix, to write the shards to.")  # fmt: skip
+@click.option("--layout", type=click.Choice(LAYOUTS), show_default="as found", help="What SOURCE is.")
+@click.option("--val-fraction", type=click.FloatRange(0, 1, min_open=True, max_open=True), metavar="SHARE",
+              help="Share of each class's images for validation, where SOURCE has no validation images.")  # fmt: skip
+@click.option("--subset", type=click.Path(), metavar="FILE",
+              help="Only the classes in FILE: wnids, one a line, # before a comment.")  # fmt: skip
 @click.option("--samples-per-shard", default=5000, type=click.IntRange(min=1), help="Images per shard.")
-@click.option("--workers", type=click.IntRange(min=1), show_default="one per CPU", help="Worker processes.")
-@click.option("--seed", default=0, type=click.IntRange(min=0), help="Seed of the order of the training images.")
+@click.option("--workers", type=click.IntRange(min=1), show_default="one per CPU",
+              help="Worker processes; with --engine ray: tasks at a time.")  # fmt: skip
+@click.option("--seed", default=0, type=click.IntRange(min=0), help="Seed of the shuffle and of --val-fraction.")
 @click.option("--quality", default=90, type=click.IntRange(1, 100), help="JPEG quality, 1 to 100.")
+@click.option("--encoding", default="jpeg", type=click.Choice(list(ENDINGS)),
+              help="jpeg, or raw: 192 KiB of pixels for each image, which need no decoding.")  # fmt: skip
+@click.option("--device", default="cpu", type=click.Choice(["cpu", "gpu"]),
+              help="Where images are decoded and encoded; the two differ in the last bits.")  # fmt: skip
+@click.option("--engine", default="local", type=click.Choice(["local", "ray"]), help="Where workers run.")
+@click.option("--ray-address", envvar="RAY_ADDRESS", show_envvar=True, metavar="ADDRESS",
+              help="Cluster of --engine ray; auto: this machine's. Without it Ray is started here.")  # fmt: skip
+@click.option("--part", metavar="K/N", callback=_check_part,
+              help="Make only the K-th of N shares of the shards; the last to end completes.")  # fmt: skip
 @click.option("--max-failures", default="0.1%", metavar="N|P%", callback=_check_limit,
-              help="Images that may turn out unusable: a count, or a percentage (then at least 1).")  # fmt: skip
+              help="Images, in all, that may be unusable: a count, or a percentage (then at least 1).")  # fmt: skip
 @click.option("--force", is_flag=True, help="Replace the shards in the output folder, whatever job they are of.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as one JSON object.")
 def shard(
     source: str,
     out: str,
+    layout: str | None,
+    val_fraction: float | None,
+    subset: str | None,
     samples_per_shard: int,
     workers: int | None,
     seed: int,
     quality: int,
+    encoding: "Encoding",
+    device: "Device",
+    engine: str,
+    ray_address: str | None,
+    part: "Part | None",
     max_failures: str,
     force: bool,
     as_json: bool,
 ) -> None:
     """Turn the images of SOURCE into shards of 256x256 JPEGs.
 
-    SOURCE holds train/<class>/* and, if there is one, val/<class>/*. Images are resized (shorter side to 256 pixels,
-    antialiased) and cropped to the central square; EXIF orientation is ignored. An interrupted run is taken up by the
-    same command; shards that are complete are left alone.
+    SOURCE is a folder that holds ImageNet in one of five layouts: train/<class>/* and val/<class>/* (folder); Kaggle's
+    ILSVRC/Data/CLS-LOC with its lists (kaggle); ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and the devkit, read
+    in place (official); Hugging Face's files (parquet); tars of images and labels (webdataset).
+
+    Images are resized (shorter side to 256 pixels, antialiased) and cropped to the central square; EXIF orientation is
+    ignored. An interrupted run is taken up by the same command; shards that are complete are left alone.
     """
-    from tools.engines import count_cpus
+    if ray_address and engine != "ray" and _is_given("ray_address"):
+        raise UserError(f"--ray-address {ray_address}: goes with --engine ray, got --engine {engine}; give both")
     from tools.sharder import make_shards
     from tools.sources import open_source
 
-    opened = open_source(source)
+    opened = open_source(source, layout=layout, val_fraction=val_fraction, seed=seed, subset=subset)
     for remark in opened.remarks:
         console.note(f"{source}: {remark}")
     summary = make_shards(
         opened,
         out,
-        num_workers=workers or count_cpus(),
+        num_workers=workers,
         samples_per_shard=samples_per_shard,
         seed=seed,
         quality=quality,
+        encoding=encoding,
+        device=device,
+        engine=engine,
+        ray_address=ray_address,
+        part=part,
         max_failures=max_failures,
         force=force,
     )
@@ -118,20 +169,26 @@ def _print_summary(out: str, summary: "Summary") -> None:
         console.say(f"{out}: already complete, left as it is (--force makes it again)")
     rows = [[split, f"{num_images:,}", f"{summary.shards[split]:,}"] for split, num_images in summary.images.items()]
     console.print_table(f"{out}", ["split", "images", "shards"], rows)
-    console.say(f"{summary.num_bytes / 1e6:,.1f} MB in tars, {_count_failures(summary)}")
+    console.say(f"{summary.num_bytes / 1e6:,.1f} MB in tars, {_count_failures(out, summary)}")
     if not summary.was_complete:
         console.say(
             f"{summary.num_prepared:,} images in {summary.duration_s:,.1f} s ({summary.images_per_s:,.0f} images/s), "
             f"{summary.num_kept_shards} shards kept from before"
         )
+    if not summary.is_complete:
+        parts = ", ".join(map(str, summary.missing_parts))
+        console.say(f"{summary.num_missing_shards} shards of other parts ({parts}) are still missing: no manifest yet")
+        return
     suffix = "" if out == os.environ.get(SHARDS_VARIABLE, DEFAULT_SHARDS) else f" --shards {out}"
     console.say(f"next: alexnet-prep pca{suffix}")
 
 
-def _count_failures(summary: "Summary") -> str:
+def _count_failures(out: str, summary: "Summary") -> str:
+    repaired = f"; {summary.num_repaired} damaged images repaired" if summary.num_repaired else ""
     if not summary.num_failures:
-        return "no failures"
-    return f"{summary.num_failures} images could not be used: {summary.out / 'failures.jsonl'}"
+        return f"no failures{repaired}"
+    where = f"{out}/failures.jsonl" if summary.is_complete else "the list comes with the manifest"
+    return f"{summary.num_failures} images could not be used: {where}{repaired}"
 
 
 @group.command()
@@ -154,11 +211,14 @@ def pca(shards: str, device: str, threads: int | None, as_json: bool) -> None:
     with console.Progress("pca", opened.num_samples("train"), "images") as progress:
         stats = compute(opened, device=device, num_threads=threads or count_cpus(), progress=progress)
     stats.save(opened.root)
+    if opened.remote:
+        opened.remote.publish_colors(opened.root)
     if as_json:
         console.print_json(_list_stats(stats))
     else:
         _print_stats(stats)
-        console.say(f"written to {opened.root / 'color.json'}; next: alexnet-train")
+        where = opened.remote.url if opened.remote else opened.root
+        console.say(f"written to {where}/color.json; next: alexnet-train")
 
 
 def _list_stats(stats: "ColorStats") -> dict[str, Any]:
@@ -191,3 +251,32 @@ def _print_stats(stats: "ColorStats") -> None:
         rms = np.sqrt((stats.lighting_basis(kind) ** 2).sum(axis=1))
         shifts.append([kind, *(f"{value:.2f}" for value in rms)])
     console.print_table("rms colour shift, grey levels", ["lighting", "red", "green", "blue"], shifts)
+
+
+for _command in COMMANDS:
+    group.add_command(_command)
+
+
+@group.command()
+@click.option("--shards", default=DEFAULT_SHARDS, envvar=SHARDS_VARIABLE, show_envvar=True, type=click.Path(),
+              help="Folder of shards whose disk is timed.")  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Print the checks as one JSON object.")
+def doctor(shards: str, as_json: bool) -> int:
+    """Check this machine: driver, GPUs, CUDA, DALI's decoders, NCCL, memory, disk.
+
+    Each line is ok, a warning or a problem with its remedy. Exits 1 if there is a problem; no GPU is a warning.
+    """
+    from tools.doctor import examine
+
+    checks = examine(shards)
+    num_problems = sum(check.state == "problem" for check in checks)
+    if as_json:
+        console.print_json({"ok": not num_problems, "checks": [asdict(check) for check in checks]})
+        return min(num_problems, 1)
+    width = max(len(check.name) for check in checks)
+    colors = {"ok": "green", "warning": "yellow", "problem": "red"}
+    for check in checks:
+        console.say(f"{click.style(f'{check.state:<7}', fg=colors[check.state])}  {check.name:<{width}}  {check.found}")
+        if check.remedy:
+            console.say(f"{'':<7}  {'':<{width}}  -> {check.remedy}")
+    return min(num_problems, 1)
