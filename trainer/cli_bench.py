@@ -1,0 +1,97 @@
+"""`alexnet-bench`: flags and words.
+
+The decision that shaped it: as in cli.py, everything is checked before anything heavy is made. Left out: the work, in
+bench_run.py.
+"""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from pipeline import console
+from pipeline.errors import UserError
+from trainer.cli import _SETTINGS, _check_divisible, _choose_devices
+from trainer.recipe import RECIPES, override
+
+if TYPE_CHECKING:
+    from pipeline.shardset import ShardSet
+
+
+@click.command(cls=console.Command, context_settings=_SETTINGS)
+@click.version_option(package_name="alexnet-dali", prog_name="alexnet-dali")
+@click.argument("what", type=click.Choice(["loader", "step", "train"]), default="loader")
+@click.option("--shards", envvar="ALEXNET_SHARDS", show_envvar=True, type=click.Path(),
+              show_default="./shards; step needs none", help="Folder of shards, or its URL.")  # fmt: skip
+@click.option("--recipe", "recipe_name", type=click.Choice(list(RECIPES)), default="paper",
+              help="Network, data and optimisation as one name.")  # fmt: skip
+@click.option("--gpus", "num_gpus", type=click.IntRange(min=0), show_default="all visible",
+              help="Number of GPUs; 0 computes on the CPU.")  # fmt: skip
+@click.option("--threads", "num_threads", type=click.IntRange(min=1), show_default="one per CPU",
+              help="Decoding threads of each rank.")  # fmt: skip
+@click.option("--global-batch-size", type=click.IntRange(min=1), show_default="the recipe's",
+              help="Images a step, summed over ranks.")  # fmt: skip
+@click.option("--seconds", "duration_s", default=10.0, type=click.FloatRange(min=0.1),
+              help="How long to measure each rate, s; warming up comes on top.")  # fmt: skip
+@click.option("--rounds", "num_rounds", default=5, type=click.IntRange(min=1), help="Rounds to take the median of.")
+@click.option("--set", "settings", multiple=True, metavar="FIELD=VALUE", help="Any field of the recipe; repeatable.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
+def command(
+    what: str,
+    shards: str | None,
+    recipe_name: str,
+    num_gpus: int | None,
+    num_threads: int | None,
+    global_batch_size: int | None,
+    duration_s: float,
+    num_rounds: int,
+    settings: tuple[str, ...],
+    as_json: bool,
+) -> int:
+    """Measure WHAT limits training, each rate beside the limit of this machine.
+
+    \b
+    loader  images/s of the training loader alone, beside decoding the same images and nothing else
+    step    images/s and TFLOP/s of training on synthetic data on the device, beside a matrix product
+    train   both together: which of the two limits, or their overlap, and what to change
+
+    Rates alternate in rounds; medians and spread are printed. Several GPUs: the sum over ranks.
+    """
+    changes = [f"global_batch_size={global_batch_size}"] if global_batch_size else []
+    recipe = override(RECIPES[recipe_name], [*changes, *settings])
+    folder = shards if what == "step" else shards or "shards"
+    opened = _open_shards(folder) if folder else None
+    from trainer import distributed
+    from trainer.bench_run import BenchJob, fit_batch, run_rank
+
+    num_ranks, use_gpu = _choose_devices(num_gpus)
+    world_size = int(os.environ["WORLD_SIZE"]) if distributed.under_launcher() else num_ranks
+    if opened and what != "step" and not any("global_batch_size" in change for change in [*changes, *settings]):
+        fitted = fit_batch(recipe, opened.num_samples("train"), world_size)
+        if fitted != recipe:
+            console.note(
+                f"{opened.root}: {opened.num_samples('train')} training images, so batches of "
+                f"{fitted.global_batch_size} instead of {recipe.global_batch_size}"
+            )
+        recipe = fitted
+    _check_divisible(recipe, world_size)
+    job = BenchJob(what, recipe, folder, use_gpu, num_threads, duration_s, num_rounds, as_json)
+    if num_ranks > 1 and not distributed.under_launcher():
+        return distributed.launch(run_rank, (job,), num_ranks)
+    return run_rank(job)
+
+
+def _open_shards(folder: str) -> "ShardSet":
+    """The shards with their colours, both checked; without any, the error says how to make some."""
+    from pipeline.colorstats import ColorStats
+    from pipeline.shardset import MANIFEST, ShardSet
+
+    if "://" not in folder and not (Path(folder) / MANIFEST).is_file():
+        raise UserError(
+            f"{folder}: no shards ({MANIFEST}) here; name a folder with --shards, or make synthetic ones: alexnet-prep "
+            f"synth images && alexnet-prep shard images --out {folder} && alexnet-prep pca --shards {folder}"
+        )
+    opened = ShardSet.open(folder)
+    ColorStats.load(opened.root, opened.fingerprint)
+    return opened
