@@ -2,8 +2,8 @@
 
 The decision that shaped it: nothing is extracted. The headers of ILSVRC2012_img_train.tar (a tar of a thousand tars)
 and ILSVRC2012_img_val.tar are read once per run, and an image is its offset and size. Measured with 1,281,167 members
-in a thousand tars (142 GB), page cache warm, on two shared cores: 31 to 43 s (26 s of CPU), 0.55 GB of memory; with the
-cache dropped, 107 s on a virtual disk. Left out: the other tasks' archives.
+in a thousand tars (142 GB), page cache warm, two cores shared with other work: 33 s in the quietest of four runs, 154 s
+in the busiest; cache dropped, on a virtual disk: 107 s, once; 0.55 GB of memory. Left out: the other tasks' archives.
 """
 
 import gzip
