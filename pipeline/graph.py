@@ -1,12 +1,13 @@
-"""The DALI graphs: training, centre crop, ten crops, and plain pixels. Written once, for `device="cpu"` and `"gpu"`.
+"""The DALI graphs: who comes when, what is drawn for it, and its decoded pixels. For training, evaluation, statistics.
 
-The decision that shaped it: colour noise is a shift of the mean, and DALI's `crop_mirror_normalize` takes a mean per
-sample, so that a training image costs two operators: a decoder that decodes only the crop, and one pass that flips,
-subtracts and scales. A mean *image* is subtracted after that pass, hence after the flip, as the released source does.
-Every random operator has a seed of its own, so switching one augmentation off does not change the draws of the others.
-Left out: epochs, ranks, tensors and checkpoints (loader.py).
+The decision that shaped it: a graph ends with uint8 pixels and the random draws. Colour, flip and conversion are one
+function for every device (finish.py), so that graphs differ in one thing only, where the pixels are decoded: on host
+cores, on the GPU, on both at once, or not at all, when they lie uncompressed in shards or in memory (stored.py). Every
+random operator has a seed of its own, so neither that choice nor switching one augmentation off changes the draws of
+the others. Left out: epochs, ranks, tensors and checkpoints (loader.py).
 """
 
+import contextlib
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,61 +16,40 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.colorstats import ORIGINAL_DIVISOR, ColorStats
+from pipeline.colorstats import ColorStats
 from pipeline.errors import UserError
-from pipeline.shardset import CLS_DIGITS, IMAGE_SIZE_PX, ShardSet
+from pipeline.finish import CROP_SIZE_PX, MAX_OFFSET_PX, Transform
+from pipeline.shardset import CLS_DIGITS, ENDINGS, IMAGE_SIZE_PX, KEY_DIGITS, ShardSet
 
 try:
     from nvidia.dali import fn, types
     from nvidia.dali.pipeline import DataNode, Pipeline, pipeline_def
+    from nvidia.dali.plugin.base_iterator import LastBatchPolicy
+    from nvidia.dali.plugin.pytorch import DALIGenericIterator
 except ImportError as error:
     raise UserError(
         f"NVIDIA DALI cannot be imported ({error}); it needs Linux on x86-64: pip install nvidia-dali-cuda120"
     ) from error
 
-CROP_SIZE_PX = 224
-MAX_OFFSET_PX = IMAGE_SIZE_PX - CROP_SIZE_PX  # offsets 0..32: 33 of them, as the released source draws
 READER = "reader"
+DRAWN = ["labels", "keys", "offset", "flip", "shift"]  # what a training graph gives besides pixels
 MAX_BUFFERED_SAMPLES = 4096  # of about 25 KB each: 100 MB a rank
 _TYPICAL_SAMPLE_BYTES = 32768  # what DALI reserves per buffered sample; its default of 1 MiB would be gigabytes
-# Offsets (y, x) of the five views: four corners and the centre (paper, section 4.1; source: corners at 0 and 32).
-FIVE_OFFSETS_PX = ((0, 0), (0, 32), (32, 0), (32, 32), (16, 16))
+# Changed with every change to the operators that draw or read: a state of another graph cannot be gone on with.
+GRAPH_VERSION = 2
 
 Device = Literal["cpu", "gpu"]
-
-
-@dataclass(frozen=True)
-class Transform:
-    """How a stored image becomes network input: output = (pixel + colour shift - mean) / scale.
-
-    mean: "image" (the central 224x224 of the mean image) or "channel"; lighting: "paper", "original" (which also
-    divides by 1.1) or None; crop: random offset, else the centre; flip: mirror with probability 0.5; unit_variance:
-    divide by the standard deviation of each channel; dtype: "float32" or "float16"; layout: "NCHW" or "NHWC" in memory.
-    """
-
-    mean: str = "image"
-    lighting: str | None = "paper"
-    crop: bool = True
-    flip: bool = True
-    unit_variance: bool = False
-    dtype: str = "float32"
-    layout: str = "NCHW"
-
-    def __post_init__(self) -> None:
-        allowed: dict[str, tuple[object, ...]] = {
-            "mean": ("image", "channel"),
-            "lighting": ("paper", "original", None),
-            "dtype": ("float32", "float16"),
-            "layout": ("NCHW", "NHWC"),
-        }
-        for field, values in allowed.items():
-            if getattr(self, field) not in values:
-                raise UserError(f"{field} is {getattr(self, field)!r}, expected one of {', '.join(map(str, values))}")
+Decode = Literal["host", "mixed", "hybrid", "stored"]
 
 
 @dataclass(frozen=True)
 class Feed:
-    """Which samples a pipeline reads, and on what: split, local batch size, this rank's part, device, threads."""
+    """Which samples a pipeline reads, and on what: split, local batch size, this rank's part, device, threads, decoder.
+
+    decode: "host" (libjpeg-turbo on the cores), "mixed" (the GPU; on device "cpu" the cores stand in), "hybrid" (the
+    first host_share of each batch on the cores, the rest on the GPU), "stored" (no pixels: only keys and draws).
+    hw_decoder_load: of what the GPU decodes, the share given to its JPEG engine, where it has one.
+    """
 
     split: str
     batch_size: int
@@ -79,7 +59,16 @@ class Feed:
     device_id: int | None
     num_threads: int
     seed: int = 0
+    decode: Decode = "host"
+    host_share: float = 0.5
+    hw_decoder_load: float = 0.9
     prefetch_batches: int = 2
+
+    @property
+    def num_on_host(self) -> int:
+        """How many samples of each batch the host's cores decode."""
+        share = {"host": 1.0, "mixed": 0.0, "hybrid": self.host_share, "stored": 0.0}[self.decode]
+        return round(share * self.batch_size)
 
 
 def stream_seed(seed: int, *names: object) -> int:
@@ -88,32 +77,30 @@ def stream_seed(seed: int, *names: object) -> int:
     return int.from_bytes(digest[:4], "little") & 0x7FFFFFFF
 
 
-def train_pipeline(
-    shards: ShardSet,
-    colors: ColorStats,
-    transform: Transform,
-    feed: Feed,
-    *,
-    with_draws: bool = False,
-    checkpoint: bytes | None = None,
-) -> Pipeline:
-    """Shuffled, augmented training batches, with checkpointing; from `checkpoint` on, where one is given.
+def count_buffered(shards: ShardSet, feed: Feed) -> int:
+    """Samples in the shuffle buffer of this rank's reader."""
+    return max(1, min(MAX_BUFFERED_SAMPLES, shards.num_samples(feed.split) // feed.world_size))
 
-    Outputs: images float (3, 224, 224) or (224, 224, 3), labels int64 (); with `with_draws` also the random draws:
-    offset int32 (2,) as (y, x), flip int32 (), shift float32 (3,) in grey levels, and source, uint8 text naming the
-    sample (zero-padded).
+
+def train_pipeline(
+    shards: ShardSet, colors: ColorStats, transform: Transform, feed: Feed, *, checkpoint: bytes | None = None
+) -> Pipeline:
+    """Shuffled training samples with their draws, with checkpointing; from `checkpoint` on, where one is given.
+
+    Outputs: labels int64 (), keys int64 (), offset int32 (2,) as (y, x), flip int32 (), shift float32 (3,) in grey
+    levels; and first of all, unless feed.decode is "stored", the crop at that offset, not flipped: uint8 (224, 224, 3)
+    on feed.device.
     """
 
     def seed_of(stream: str) -> int:
         return stream_seed(feed.seed, stream, feed.rank)
 
     def define() -> tuple[DataNode, ...]:
-        num_local = shards.num_samples(feed.split) // feed.world_size
-        jpegs, labels, source = _read(
+        encoded, labels, keys = _read(
             shards,
             feed,
             random_shuffle=True,
-            initial_fill=max(1, min(MAX_BUFFERED_SAMPLES, num_local)),
+            initial_fill=count_buffered(shards, feed),
             shuffle_after_epoch=True,
             shuffle_after_epoch_seed=stream_seed(feed.seed, "shards"),  # the one stream that ranks share
             seed=seed_of("buffer"),
@@ -129,64 +116,58 @@ def train_pipeline(
         if transform.lighting:
             basis = _constant(colors.lighting_basis(transform.lighting))
             shift = fn.reductions.sum(basis * fn.random.normal(shape=[3], seed=seed_of("lighting")), axes=[1])
-        image = fn.decoders.image_crop(
-            jpegs, crop=(CROP_SIZE_PX, CROP_SIZE_PX), crop_pos_y=y, crop_pos_x=x, **_decoder(feed.device)
-        )
-        divisor = ORIGINAL_DIVISOR if transform.lighting == "original" else 1.0
-        outputs = [_normalise(image, colors, transform, feed.device, divisor, shift=shift, mirror=flip), labels]
-        if with_draws:
-            offset = fn.cast(fn.stack(y, x) * MAX_OFFSET_PX, dtype=types.INT32)  # whole numbers already
-            outputs += [offset, flip, shift, fn.pad(source)]
-        return tuple(_place(output, feed.device) if index < 2 else output for index, output in enumerate(outputs))
+        offset = fn.cast(fn.stack(y, x) * MAX_OFFSET_PX, dtype=types.INT32)  # whole numbers already
+        pixels = () if feed.decode == "stored" else (_decode(encoded, feed, (y, x)),)
+        return *pixels, labels, keys, offset, flip, shift
 
     return _build(define, feed, enable_checkpointing=True, checkpoint=checkpoint)
 
 
-def eval_pipeline(shards: ShardSet, colors: ColorStats, transform: Transform, feed: Feed, *, crops: str) -> Pipeline:
-    """Every sample of this rank's part once, in order: the centre crop, or ten crops (paper, section 4.1).
+def eval_pipeline(shards: ShardSet, feed: Feed, *, whole: bool) -> Pipeline:
+    """Every sample of this rank's part once, in order. Outputs: pixels unless feed.decode is "stored", labels, keys.
 
-    Outputs: images (3, 224, 224), for crops="ten" (10, 3, 224, 224): five offsets, then their mirror images; labels.
+    pixels: uint8 on feed.device, the image as stored (256, 256, 3) if `whole`, else its central (224, 224, 3).
     """
 
     def define() -> tuple[DataNode, ...]:
-        jpegs, labels, _ = _read(shards, feed, stick_to_shard=True)
-        if crops == "centre":
-            size = (CROP_SIZE_PX, CROP_SIZE_PX)
-            images = _normalise(
-                fn.decoders.image_crop(jpegs, crop=size, **_decoder(feed.device)), colors, transform, feed.device
-            )
-        else:
-            whole = fn.decoders.image(jpegs, **_decoder(feed.device))
-            views = [
-                _normalise(
-                    whole,
-                    colors,
-                    transform,
-                    feed.device,
-                    mirror=mirror,
-                    crop_pos_y=y / MAX_OFFSET_PX,
-                    crop_pos_x=x / MAX_OFFSET_PX,
-                )
-                for mirror in (0, 1)
-                for y, x in FIVE_OFFSETS_PX
-            ]
-            images = fn.stack(*views)
-        return _place(images, feed.device), _place(labels, feed.device)
+        encoded, labels, keys = _read(shards, feed, stick_to_shard=True)
+        if feed.decode == "stored":
+            return labels, keys
+        return _decode(encoded, feed, None if whole else (0.5, 0.5)), labels, keys
 
     return _build(define, feed)
 
 
-def pixel_pipeline(shards: ShardSet, feed: Feed) -> Pipeline:
-    """Every sample of this rank's part once, in order, as stored. Outputs: images uint8 (256, 256, 3) RGB, labels."""
+def decode_pipeline(feed: Feed) -> Pipeline:
+    """Whole images, uint8 (256, 256, 3) on feed.device, from bytes: `feed_input("encoded", [uint8 arrays])`."""
 
-    def define() -> tuple[DataNode, ...]:
-        jpegs, labels, _ = _read(shards, feed, stick_to_shard=True)
-        return fn.decoders.image(jpegs, **_decoder(feed.device)), _place(labels, feed.device)
+    def define() -> DataNode:
+        encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1, no_copy=True)
+        return fn.decoders.image(encoded, **_decoder(feed, on_gpu=feed.device == "gpu"))
 
     return _build(define, feed)
 
 
-def _build(define: Callable[[], tuple[DataNode, ...]], feed: Feed, **options: Any) -> Pipeline:
+def iterate(pipeline: Pipeline, outputs: list[str], *, with_padding: bool) -> DALIGenericIterator:
+    """Its batches as torch tensors, DALI's own memory, handed over: one list with one dict by output name each."""
+    return DALIGenericIterator(
+        pipeline,
+        outputs,
+        reader_name=READER,
+        last_batch_policy=LastBatchPolicy.FILL if with_padding else LastBatchPolicy.PARTIAL,
+        prepare_first_batch=False,
+    )
+
+
+def finish_epoch(iterator: DALIGenericIterator) -> None:
+    """Read on to the end of the epoch, the only place where DALI can begin the next one."""
+    with contextlib.suppress(StopIteration):
+        while True:
+            next(iterator)
+    iterator.reset()
+
+
+def _build(define: Callable[[], Any], feed: Feed, **options: Any) -> Pipeline:
     pipeline = pipeline_def(
         define,
         batch_size=feed.batch_size,
@@ -195,6 +176,7 @@ def _build(define: Callable[[], tuple[DataNode, ...]], feed: Feed, **options: An
         prefetch_queue_depth=feed.prefetch_batches,
         seed=stream_seed(feed.seed, "pipeline", feed.rank),
         exec_dynamic=True,  # outputs are handed over, not copied
+        enable_conditionals=feed.decode == "hybrid",
         **options,
     )()
     pipeline.build()
@@ -202,79 +184,81 @@ def _build(define: Callable[[], tuple[DataNode, ...]], feed: Feed, **options: An
 
 
 def _read(shards: ShardSet, feed: Feed, **options: Any) -> tuple[DataNode, DataNode, DataNode]:
-    """Encoded images uint8, labels int64 (), source text uint8, of this rank's part."""
-    encoded, digits = fn.readers.webdataset(
+    """Encoded images uint8 (of stored pixels: the label's digits), labels int64 (), keys int64 (), of this rank's part.
+
+    Pixels that lie uncompressed are left in their tars: the reader would copy them, and its shuffle buffer hold them.
+    """
+    stored = feed.decode == "stored"
+    read = fn.readers.webdataset(
         name=READER,
         paths=[str(path) for path in shards.tars(feed.split)],
         index_paths=[str(path) for path in shards.indices(feed.split)],
-        ext=["jpg", "cls"],
+        ext=["cls"] if stored else [ENDINGS[shards.manifest.encoding], "cls"],
         missing_component_behavior="error",
         shard_id=feed.rank,
         num_shards=feed.world_size,
         pad_last_batch=True,  # every rank takes the same number of batches; the loader drops the padding
-        tensor_init_bytes=_TYPICAL_SAMPLE_BYTES,
+        tensor_init_bytes=CLS_DIGITS if stored else _TYPICAL_SAMPLE_BYTES,
         **options,
     )
-    powers = _constant(10 ** np.arange(CLS_DIGITS - 1, -1, -1, dtype=np.int64))
-    labels = fn.reductions.sum((fn.cast(digits, dtype=types.INT64) - ord("0")) * powers)
-    return encoded, labels, fn.get_property(encoded, key="source_info")
+    encoded, digits = (read, read) if stored else read
+    source = fn.get_property(encoded, key="source_info")  # "folder/train-000000.tar:512:000000042.jpg"
+    return encoded, _number(digits, CLS_DIGITS), _number(source[-KEY_DIGITS - 4 : -4], KEY_DIGITS)
 
 
-def _decoder(device: Device) -> dict[str, Any]:
+def _number(digits: DataNode, num_digits: int) -> DataNode:
+    """The int64 that ASCII digits spell."""
+    powers = _constant(10 ** np.arange(num_digits - 1, -1, -1, dtype=np.int64))
+    return fn.reductions.sum((fn.cast(digits, dtype=types.INT64) - ord("0")) * powers)
+
+
+def _decode(encoded: DataNode, feed: Feed, position: tuple[Any, Any] | None) -> DataNode:
+    """uint8 pixels on feed.device: the whole, or the 224x224 at `position`, fractions (y, x) of the room there is."""
+    if feed.decode == "hybrid":
+        chosen = np.arange(feed.batch_size) < feed.num_on_host
+        on_host = fn.external_source(_Always(chosen), dtype=types.BOOL, ndim=0)
+        return _decode_on_both(encoded, feed, position, on_host)
+    return _decode_on(encoded, feed, position, feed.decode == "mixed")
+
+
+def _decode_on_both(encoded: DataNode, feed: Feed, position: tuple[Any, Any] | None, on_host: DataNode) -> DataNode:
+    if on_host:  # DALI splits the batch here and joins it again, in its order
+        pixels = _decode_on(encoded, feed, position, False)
+    else:
+        pixels = _decode_on(encoded, feed, position, True)
+    return pixels
+
+
+def _decode_on(encoded: DataNode, feed: Feed, position: tuple[Any, Any] | None, on_gpu: bool) -> DataNode:
+    options = _decoder(feed, on_gpu)
+    if position is None:
+        pixels = fn.decoders.image(encoded, **options)
+    else:
+        y, x = position
+        pixels = fn.decoders.image_crop(
+            encoded, crop=(CROP_SIZE_PX, CROP_SIZE_PX), crop_pos_y=y, crop_pos_x=x, **options
+        )
+    return pixels.gpu() if feed.device == "gpu" else pixels
+
+
+class _Always:
+    """A source that gives the same batch every time; it takes the number of the batch, so that it has no state."""
+
+    def __init__(self, batch: NDArray[Any]) -> None:
+        self._batch = batch
+
+    def __call__(self, number: int) -> NDArray[Any]:
+        return self._batch
+
+
+def _decoder(feed: Feed, on_gpu: bool) -> dict[str, Any]:
     # Fancy upsampling is what the CPU codec does: asked for by name, so that the GPU's agrees with it.
-    return {
-        "device": "mixed" if device == "gpu" else "cpu",
-        "output_type": types.RGB,
-        "jpeg_fancy_upsampling": True,
-        "adjust_orientation": False,
-    }
+    options: dict[str, Any] = {"output_type": types.RGB, "jpeg_fancy_upsampling": True, "adjust_orientation": False}
+    if not on_gpu or feed.device == "cpu":
+        return {"device": "cpu", **options}
+    sizes = {"preallocate_width_hint": IMAGE_SIZE_PX, "preallocate_height_hint": IMAGE_SIZE_PX}
+    return {"device": "mixed", "hw_decoder_load": feed.hw_decoder_load, **sizes, **options}
 
 
-def _normalise(
-    image: DataNode,
-    colors: ColorStats,
-    transform: Transform,
-    device: Device,
-    divisor: float = 1.0,
-    *,
-    shift: DataNode | None = None,
-    mirror: DataNode | int = 0,
-    **crop_position: float,
-) -> DataNode:
-    """(pixel + shift - mean) / scale for the 224x224 crop at `crop_position` (default: the centre)."""
-    scale = divisor * (colors.std.clip(min=1.0) if transform.unit_variance else np.ones(3))
-    mean = colors.mean if transform.mean == "channel" else np.zeros(3)
-    dtype = types.FLOAT16 if transform.dtype == "float16" else types.FLOAT
-    with_image = transform.mean == "image"
-    output = fn.crop_mirror_normalize(
-        image,
-        device=device,
-        crop=(CROP_SIZE_PX, CROP_SIZE_PX),
-        mean=mean.tolist() if shift is None else _constant(mean) - shift,
-        std=scale.tolist(),
-        mirror=mirror,
-        dtype=types.FLOAT if with_image else dtype,
-        output_layout=transform.layout[1:],
-        **crop_position,
-    )
-    if with_image:
-        output = output - _constant(_central(colors.mean_image, transform.layout, scale), device)
-        if dtype != types.FLOAT:
-            output = fn.cast(output, dtype=dtype)
-    return output
-
-
-def _central(mean_image: NDArray[np.float32], layout: str, scale: NDArray[np.float64]) -> NDArray[np.float32]:
-    """The centre of the mean image (source: this part is subtracted from every crop, wherever the crop lies)."""
-    edge = MAX_OFFSET_PX // 2
-    centre = (mean_image[edge : edge + CROP_SIZE_PX, edge : edge + CROP_SIZE_PX] / scale).astype(np.float32)
-    return np.ascontiguousarray(centre.transpose(2, 0, 1)) if layout == "NCHW" else centre
-
-
-def _constant(value: NDArray[Any], device: Device = "cpu") -> DataNode:
-    array = value.astype(np.float32) if value.dtype == np.float64 else value
-    return types.Constant(array, device=device)
-
-
-def _place(node: DataNode, device: Device) -> DataNode:
-    return node.gpu() if device == "gpu" else node
+def _constant(value: NDArray[Any]) -> DataNode:
+    return types.Constant(value.astype(np.float32) if value.dtype == np.float64 else value, device="cpu")

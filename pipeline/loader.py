@@ -1,40 +1,48 @@
-"""Batches for a PyTorch loop: shuffled and augmented for training, each image exactly once for evaluation.
+"""Batches for a PyTorch loop: shuffled and augmented, for training. Evaluation and plain pixels: evalloader.py.
 
 The decision that shaped it: the epoch is ours, the samples are DALI's. Every rank's reader pads its part to the same
-number of batches; a training loader stops before the padding and an evaluation loader cuts it off, so that ranks take
-equal steps and nothing is counted twice. Tensors are DALI's own memory, handed over without a copy. Left out: what is
-done to the pixels (graph.py) and where shards come from (shardset.py).
+number of batches, and the loader stops before the padding, so that ranks take equal steps. Left out: what is done to
+the pixels (graph.py, assemble.py, finish.py), what the options mean (feeding.py), and where shards come from
+(shardset.py, readahead.py).
 """
 
-import contextlib
 import json
-import math
-import os
-from collections.abc import Generator, Iterator
-from dataclasses import asdict
+from collections.abc import Iterator
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from typing import Any, Literal, NamedTuple
 
 import torch
-from nvidia.dali.pipeline import Pipeline
-from nvidia.dali.plugin.base_iterator import LastBatchPolicy
 from nvidia.dali.plugin.pytorch import DALIGenericIterator
 from torch import Tensor
 
+from pipeline.assemble import Assemble, Batch, Decoded, Stored
+from pipeline.balance import find_host_share
 from pipeline.colorstats import ColorStats
 from pipeline.errors import UserError
-from pipeline.graph import CROP_SIZE_PX, READER, Feed, Transform, eval_pipeline, pixel_pipeline, train_pipeline
-from pipeline.shardset import ShardSet
+from pipeline.evalloader import EvalLoader, read_pixels
+from pipeline.feeding import (
+    DecodeOption,
+    check_global_batch,
+    check_ranks,
+    count_local_ranks,
+    count_threads,
+    make_feed,
+)
+from pipeline.finish import Transform, Views
+from pipeline.graph import (
+    DRAWN,
+    GRAPH_VERSION,
+    count_buffered,
+    finish_epoch,
+    iterate,
+    stream_seed,
+    train_pipeline,
+)
+from pipeline.readahead import Gate, ShardOrder
+from pipeline.shardset import KEY_DIGITS, ShardSet
 
-_OUTPUTS = ["images", "labels"]
-_DRAWS = ["offset", "flip", "shift", "source"]
-
-
-class Batch(NamedTuple):
-    """images (B, 3, 224, 224), for ten crops (B, 10, 3, 224, 224); labels int64 (B,); on the loader's device."""
-
-    images: Tensor
-    labels: Tensor
+__all__ = ["Batch", "Draws", "EvalLoader", "TrainLoader", "read_pixels"]
 
 
 class Draws(NamedTuple):
@@ -55,8 +63,15 @@ class TrainLoader:
     CPU, the same samples and draws on a GPU.
 
     `global_batch_size` is the sum over ranks. `device` "cpu" or "gpu" (the current CUDA device). `mean`, `lighting`,
-    `crop`, `flip`, `unit_variance`, `dtype`, `layout`: see graph.Transform. `with_draws` keeps the latest batch's
-    random draws in `loader.draws`. Raises UserError for sizes and ranks that do not fit.
+    `crop`, `flip`, `unit_variance`, `dtype`, `layout`: see finish.Transform. `with_draws` keeps the latest batch's
+    random draws in `loader.draws`.
+
+    `decode`, of JPEG shards: "host" (the cores), "mixed" (the GPU), "hybrid" (both, `host_share` of each batch on the
+    cores; None: found by timing both), "auto" (hybrid on a GPU). `hw_decoder_load`: of what the GPU decodes, the share
+    of its JPEG engine. `cache` "raw": decode once, then feed from memory, the GPU's if the images fit there.
+    `num_local_ranks`: ranks that share this machine's cores and memory (default: LOCAL_WORLD_SIZE, or all).
+    `num_threads`: of each rank (default: its share of the cores). `prefetch_batches`: decoded ahead. None of these
+    changes the samples or the draws. Raises UserError for values that do not fit.
     """
 
     def __init__(
@@ -68,6 +83,10 @@ class TrainLoader:
         rank: int = 0,
         world_size: int = 1,
         device: Literal["cpu", "gpu"] = "cpu",
+        decode: DecodeOption = "auto",
+        host_share: float | None = None,
+        hw_decoder_load: float = 0.9,
+        cache: Literal["raw"] | None = None,
         mean: str = "image",
         lighting: str | None = "paper",
         crop: bool = True,
@@ -77,52 +96,75 @@ class TrainLoader:
         layout: str = "NCHW",
         seed: int = 0,
         num_threads: int | None = None,
+        num_local_ranks: int | None = None,
+        prefetch_batches: int = 2,
         with_draws: bool = False,
     ) -> None:
-        _check_ranks(rank, world_size)
-        if global_batch_size < 1 or global_batch_size % world_size:
-            raise UserError(
-                f"global batch size {global_batch_size}: expected a positive multiple of the {world_size} ranks; "
-                "set --global-batch-size"
-            )
-        num_samples = shards.num_samples("train")
-        if num_samples < global_batch_size:
-            raise UserError(
-                f"{shards.root}: {num_samples} training images, fewer than one global batch of {global_batch_size}; "
-                "set --global-batch-size lower"
-            )
+        check_ranks(rank, world_size)
+        check_global_batch(shards, global_batch_size, world_size)
+        if cache not in (None, "raw"):
+            raise UserError(f"cache {cache!r}: expected 'raw' or None")
+        num_local_ranks = num_local_ranks or count_local_ranks(world_size)
         self.local_batch_size = global_batch_size // world_size
         self.epoch = 1
         self.draws: Draws | None = None
         self._step = 0
-        self._num_steps = num_samples // global_batch_size
-        self._transform = Transform(mean, lighting, crop, flip, unit_variance, dtype, layout)
-        self._feed = _make_feed("train", self.local_batch_size, rank, world_size, device, num_threads, seed)
+        self._num_steps = shards.num_samples("train") // global_batch_size
+        self._with_draws = with_draws
+        transform = Transform(mean, lighting, crop, flip, unit_variance, dtype, layout)
+        feed = make_feed(
+            shards,
+            "train",
+            batch_size=self.local_batch_size,
+            rank=rank,
+            world_size=world_size,
+            device=device,
+            num_threads=count_threads(num_local_ranks) if num_threads is None else num_threads,
+            decode=decode,
+            automatic="hybrid",
+            cached=cache is not None,
+            host_share=host_share,
+            hw_decoder_load=hw_decoder_load,
+            prefetch_batches=prefetch_batches,
+            seed=seed,
+        )
+        if feed.decode == "hybrid" and host_share is None:
+            shards.wait("train")
+            feed = replace(feed, host_share=find_host_share(shards, feed))
+        self.feed = feed
+        self._assemble: Assemble
+        if feed.decode == "stored":
+            cached = cache is not None
+            self._assemble = Stored(shards, colors, transform, feed, cached=cached, num_local_ranks=num_local_ranks)
+        else:
+            self._assemble = Decoded(colors, transform, feed, cropped=True)
+        self._gate = Gate(
+            shards,
+            ShardOrder(len(shards.shards("train")), stream_seed(seed, "shards")),
+            batch_size=self.local_batch_size,
+            buffer=count_buffered(shards, feed),
+            prefetch_batches=prefetch_batches,
+            rank=rank,
+            world_size=world_size,
+        )
         self._signature = {
             "DALI version": version("nvidia-dali-cuda120"),
+            "graph": GRAPH_VERSION,
             "shards": shards.fingerprint,
             "global batch size": global_batch_size,
             "world size": world_size,
             "rank": rank,
             "seed": seed,
             "device": device,
-            "transform": asdict(self._transform),
-            "draws kept": with_draws,
+            "decoder": feed.decode,
+            "transform": asdict(transform),
         }
-        self._outputs = _OUTPUTS + (_DRAWS if with_draws else [])
-        self._build = lambda **restore: train_pipeline(
-            shards, colors, self._transform, self._feed, with_draws=with_draws, **restore
+        self._source = torch.arange(self.local_batch_size)
+        outputs = DRAWN if feed.decode == "stored" else ["pixels", *DRAWN]
+        self._start = lambda checkpoint=None: iterate(
+            train_pipeline(shards, colors, transform, feed, checkpoint=checkpoint), outputs, with_padding=True
         )
-        self._iterator = self._iterate(self._build())
-
-    def _iterate(self, pipeline: Pipeline) -> DALIGenericIterator:
-        return DALIGenericIterator(
-            pipeline,
-            self._outputs,
-            reader_name=READER,
-            last_batch_policy=LastBatchPolicy.FILL,
-            prepare_first_batch=False,
-        )
+        self._iterator: DALIGenericIterator = self._start()
 
     def __len__(self) -> int:
         return self._num_steps
@@ -134,16 +176,18 @@ class TrainLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         while self._step < self._num_steps:
+            self._gate.wait(self.epoch, self._step)
             outputs = next(self._iterator)[0]
             self._step += 1
-            if len(self._outputs) > len(_OUTPUTS):
-                keys = [sample_key(bytes(row.tolist()).rstrip(b"\0").decode()) for row in outputs["source"]]
-                self.draws = Draws(outputs["offset"], outputs["flip"], outputs["shift"], keys)
-            yield Batch(_as_nchw(outputs["images"], self._transform.layout), outputs["labels"])
+            offset, flip, shift = outputs["offset"], outputs["flip"], outputs["shift"]
+            if self._with_draws:
+                self.draws = Draws(offset, flip, shift, [f"{key:0{KEY_DIGITS}d}" for key in outputs["keys"].tolist()])
+            images = self._assemble(outputs, Views(self._source, offset, flip, shift))
+            yield Batch(images, outputs["labels"].to(images.device, non_blocking=True))
         self._finish_epoch()
 
     def _finish_epoch(self) -> None:
-        _finish(self._iterator)  # at most one batch is left: the incomplete one
+        finish_epoch(self._iterator)  # at most one batch is left: the incomplete one
         self.epoch += 1
         self._step = 0
 
@@ -153,7 +197,7 @@ class TrainLoader:
             "epoch": self.epoch,
             "step": self._step,
             "signature": json.dumps(self._signature, sort_keys=True),
-            "dali": _as_bytes(self._iterator.checkpoints()[0]).hex(),
+            "dali": self._checkpoint().hex(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -165,149 +209,9 @@ class TrainLoader:
                     f"the loader's state was saved with {name} {saved.get(name)}, this one has {here}; "
                     "resume with the same settings, or start a new run"
                 )
-        self._iterator = self._iterate(self._build(checkpoint=bytes.fromhex(state["dali"])))
+        self._iterator = self._start(bytes.fromhex(state["dali"]))
         self.epoch, self._step = int(state["epoch"]), int(state["step"])
 
-
-class EvalLoader:
-    """Every image of a split exactly once over all ranks, in order, `len(loader)` steps on every rank.
-
-    `crops`: "centre" or "ten" (four corners and the centre, then their mirror images). A rank may get fewer images, or
-    none, in its last batches: it still gets a batch, so that it joins every reduction. Can be iterated any number of
-    times, each time from the start to the end.
-    """
-
-    def __init__(
-        self,
-        shards: ShardSet,
-        colors: ColorStats,
-        *,
-        batch_size: int = 128,
-        crops: Literal["centre", "ten"] = "centre",
-        split: str = "val",
-        rank: int = 0,
-        world_size: int = 1,
-        device: Literal["cpu", "gpu"] = "cpu",
-        mean: str = "image",
-        unit_variance: bool = False,
-        dtype: str = "float32",
-        layout: str = "NCHW",
-        num_threads: int | None = None,
-    ) -> None:
-        _check_ranks(rank, world_size)
-        if batch_size < 1:
-            raise UserError(f"batch size {batch_size}: expected 1 or more")
-        if crops not in ("centre", "ten"):
-            raise UserError(f"crops {crops!r}: expected 'centre' or 'ten'")
-        num_samples = shards.num_samples(split)
-        if not num_samples:
-            raise UserError(f"{shards.root}: no {split} images; add a {split}/ folder to the source and shard it again")
-        transform = Transform(mean, None, False, False, unit_variance, dtype, layout)
-        num_parts = min(world_size, num_samples)  # DALI needs a sample for each part; ranks beyond them get none
-        self._num_steps = math.ceil(math.ceil(num_samples / num_parts) / batch_size)
-        self._transform, self._crops = transform, crops
-        self._empty_on = "cuda" if device == "gpu" else "cpu"
-        self._iterator: DALIGenericIterator | None = None
-        self._running: Generator[dict[str, Tensor], None, None] | None = None
-        if rank < num_parts:
-            feed = _make_feed(split, batch_size, rank, num_parts, device, num_threads, 0)
-            self._iterator = _once(eval_pipeline(shards, colors, transform, feed, crops=crops))
-
-    def __len__(self) -> int:
-        return self._num_steps
-
-    def __iter__(self) -> Iterator[Batch]:
-        if self._iterator is None:
-            for _ in range(self._num_steps):
-                yield self._empty()
-            return
-        if self._running is not None:
-            self._running.close()  # an earlier loop that was left, but is still held by somebody
-        self._running = _from_start(self._iterator)
-        for outputs in self._running:
-            yield Batch(_as_nchw(outputs["images"], self._transform.layout), outputs["labels"])
-
-    def _empty(self) -> Batch:
-        views = (10,) if self._crops == "ten" else ()
-        images = torch.empty(
-            (0, *views, 3, CROP_SIZE_PX, CROP_SIZE_PX),
-            dtype=getattr(torch, self._transform.dtype),
-            device=self._empty_on,
-        )
-        return Batch(images, torch.empty(0, dtype=torch.int64, device=self._empty_on))
-
-
-def read_pixels(
-    shards: ShardSet,
-    *,
-    split: str = "train",
-    batch_size: int = 64,
-    device: Literal["cpu", "gpu"] = "cpu",
-    num_threads: int | None = None,
-) -> Iterator[Batch]:
-    """Every stored image of a split once, in order, unchanged: images uint8 (B, 256, 256, 3) RGB, labels int64 (B,)."""
-    feed = _make_feed(split, batch_size, 0, 1, device, num_threads, 0)
-    for outputs in _from_start(_once(pixel_pipeline(shards, feed))):
-        yield Batch(outputs["images"], outputs["labels"])
-
-
-def sample_key(source: str) -> str:
-    """The nine-digit key in DALI's description of a sample, "path.tar:offset:000000001.jpg"."""
-    return source.rsplit(":", 1)[-1].split(".", 1)[0]
-
-
-def _once(pipeline: Pipeline) -> DALIGenericIterator:
-    return DALIGenericIterator(
-        pipeline, _OUTPUTS, reader_name=READER, last_batch_policy=LastBatchPolicy.PARTIAL, prepare_first_batch=False
-    )
-
-
-def _from_start(iterator: DALIGenericIterator) -> Generator[dict[str, Tensor], None, None]:
-    try:
-        for outputs in iter(lambda: next(iterator, None), None):
-            yield outputs[0]
-    except GeneratorExit:  # a loop left early; after an error of DALI's there is nothing to read on to
-        _finish(iterator)
-        raise
-    iterator.reset()
-
-
-def _finish(iterator: DALIGenericIterator) -> None:
-    """Read on to the end of the epoch, the only place where DALI can begin the next one."""
-    with contextlib.suppress(StopIteration):
-        while True:
-            next(iterator)
-    iterator.reset()
-
-
-def _as_nchw(images: Tensor, layout: str) -> Tensor:
-    """Shape (..., 3, 224, 224) in either memory layout: NHWC becomes what torch calls channels_last."""
-    return images.movedim(-1, -3) if layout == "NHWC" else images
-
-
-def _as_bytes(checkpoint: bytes | str) -> bytes:
-    return checkpoint.encode("latin-1") if isinstance(checkpoint, str) else bytes(checkpoint)
-
-
-def _check_ranks(rank: int, world_size: int) -> None:
-    if not 0 <= rank < world_size:
-        raise UserError(f"rank {rank} of {world_size}: expected 0 <= rank < world size")
-
-
-def _make_feed(
-    split: str, batch_size: int, rank: int, world_size: int, device: str, num_threads: int | None, seed: int
-) -> Feed:
-    if device not in ("cpu", "gpu"):
-        raise UserError(f"device {device!r}: expected 'cpu' or 'gpu'")
-    if device == "gpu" and not torch.cuda.is_available():
-        raise UserError("device 'gpu': no CUDA GPU is visible; use device 'cpu' (alexnet-train --gpus 0)")
-    return Feed(
-        split=split,
-        batch_size=batch_size,
-        rank=rank,
-        world_size=world_size,
-        device="gpu" if device == "gpu" else "cpu",
-        device_id=torch.cuda.current_device() if device == "gpu" else None,
-        num_threads=num_threads or len(os.sched_getaffinity(0)),
-        seed=seed,
-    )
+    def _checkpoint(self) -> bytes:
+        checkpoint = self._iterator.checkpoints()[0]
+        return checkpoint.encode("latin-1") if isinstance(checkpoint, str) else bytes(checkpoint)

@@ -50,7 +50,7 @@ def test_dali_is_imported_in_the_graph_the_loader_and_the_doctor_alone():
         path.relative_to(ROOT).as_posix()
         for package in PACKAGES
         for path in list_sources(package)
-        if any((name + ".").startswith("nvidia.") for name in find_imports(path.read_text(encoding="utf-8")))
+        if any((name + ".").startswith("nvidia.dali.") for name in find_imports(path.read_text(encoding="utf-8")))
     }
     assert importing <= MAY_IMPORT_DALI
     assert {"pipeline/graph.py", "pipeline/loader.py"} <= importing

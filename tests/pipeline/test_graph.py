@@ -1,22 +1,23 @@
 """What the DALI graphs do to pixels and what they draw, against `oracle` on the JPEGs that Pillow reads from the tars.
 
 DALI's CPU decoder gives Pillow's bits, whole or cropped, so a decoded pixel counts as exact. Tolerances: float32 1e-3
-grey level, float16 one unit in the last place of the result.
+grey level, float16 and bfloat16 one unit in the last place of the result.
 """
 
 import numpy as np
 import pytest
 import torch
 
-from pipeline.colorstats import LIGHTING_STD, ColorStats
+from pipeline.colorstats import LIGHTING_STD
 from pipeline.errors import UserError
-from pipeline.graph import FIVE_OFFSETS_PX, Transform
+from pipeline.finish import FIVE_OFFSETS_PX, Transform
 from pipeline.loader import EvalLoader, TrainLoader, read_pixels
-from pipeline.shardset import ShardSet
 from tests import oracle
+from tests.pipeline.loading import list_images, record
 
 FLOAT32_TOLERANCE_GREY = 1e-3
 FLOAT16_EPSILON = 2.0**-10
+BFLOAT16_EPSILON = 2.0**-7
 
 NORMALISATIONS = {
     "mean image": {},
@@ -25,6 +26,7 @@ NORMALISATIONS = {
     "unit variance, mean channel": {"mean": "channel", "unit_variance": True},
     "NHWC": {"layout": "NHWC"},
     "float16": {"dtype": "float16"},
+    "bfloat16": {"dtype": "bfloat16"},
     "float16, mean channel, NHWC": {"mean": "channel", "dtype": "float16", "layout": "NHWC"},
 }
 AUGMENTATIONS = {
@@ -36,16 +38,6 @@ AUGMENTATIONS = {
     "no flip": {"flip": False},
     "no augmentation": {"lighting": None, "crop": False, "flip": False},
 }
-
-
-@pytest.fixture(scope="module")
-def shards(ready_shards):
-    return ShardSet.open(ready_shards)
-
-
-@pytest.fixture(scope="module")
-def colors(shards):
-    return ColorStats.load(shards.root, shards.fingerprint)
 
 
 @pytest.fixture(scope="module")
@@ -81,8 +73,8 @@ def oracle_options(colors, *, mean="image", unit_variance=False, lighting=None, 
 def assert_close(images: torch.Tensor, expected: np.ndarray, options: dict, colors) -> None:
     assert images.dtype == getattr(torch, options.get("dtype", "float32"))
     atol = FLOAT32_TOLERANCE_GREY / (colors.std.max() if options.get("unit_variance") else 1.0)
-    rtol = FLOAT16_EPSILON if images.dtype == torch.float16 else 0.0
-    np.testing.assert_allclose(images.numpy().astype(np.float64), expected, rtol=rtol, atol=atol)
+    rtol = {torch.float32: 0.0, torch.float16: FLOAT16_EPSILON, torch.bfloat16: BFLOAT16_EPSILON}[images.dtype]
+    np.testing.assert_allclose(images.double().numpy(), expected, rtol=rtol, atol=atol)
 
 
 @pytest.mark.parametrize("options", [*NORMALISATIONS.values(), *AUGMENTATIONS.values()], ids=str)
@@ -202,6 +194,56 @@ def test_how_images_are_normalised_does_not_change_what_is_drawn(shards, colors)
             assert all(torch.equal(a, b) for a, b in zip(one[:3], other[:3], strict=True))
 
 
+WAYS = {
+    "threads 1": {"num_threads": 1},
+    "threads 5": {"num_threads": 5},
+    "mixed": {"decode": "mixed"},
+    "hybrid": {"decode": "hybrid", "host_share": 0.3},
+    "hybrid, all on the host": {"decode": "hybrid", "host_share": 1},
+    "hybrid, none on the host": {"decode": "hybrid", "host_share": 0.0, "hw_decoder_load": 0.5},
+    "prefetch": {"prefetch_batches": 4},
+    "cache": {"cache": "raw"},
+}
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+@pytest.mark.parametrize("options", [{}, {"layout": "NHWC", "dtype": "bfloat16"}], ids=["", "NHWC bfloat16"])
+def test_wherever_pixels_are_decoded_the_batches_are_the_same_bits(make_train, way, options):
+    one, other = make_train(mean="image", **options), make_train(mean="image", **options, **way)
+    for _ in range(2):  # epochs: the second from memory, where there is a cache
+        assert record(one) == record(other)
+
+
+def test_raw_shards_give_the_batches_of_the_jpegs_they_were_made_from(make_train, make_eval, shards, raw_shards):
+    for options in ({}, {"layout": "NHWC", "mean": "image"}, {"cache": "raw"}, {"dtype": "uint8", "layout": "NHWC"}):
+        one, other = make_train(**options), make_train(shards=raw_shards, **options)
+        for _ in range(2):
+            assert record(one) == record(other)
+    for crops in ("centre", "ten"):
+        one, other = make_eval(crops=crops), make_eval(crops=crops, shards=raw_shards)
+        for _ in range(2):
+            assert list_images(one) == list_images(other)
+    assert list_images(read_pixels(shards, batch_size=10)) == list_images(read_pixels(raw_shards, batch_size=10))
+
+
+@pytest.mark.parametrize("decode", ["host", "mixed", "hybrid"])
+def test_evaluation_images_are_the_same_bits_from_every_decoder(make_eval, decode):
+    for crops in ("centre", "ten"):
+        assert list_images(make_eval(crops=crops, decode=decode)) == list_images(make_eval(crops=crops))
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+def test_uint8_batches_are_the_crops_and_their_mirror_images_untouched(make_train, stored, layout):
+    loader = make_train(dtype="uint8", layout=layout)
+    for batch in loader:
+        draws = loader.draws
+        for image, key, (y, x), flip in zip(
+            batch.images, draws.keys, draws.offset.tolist(), draws.flip.tolist(), strict=True
+        ):
+            expected = oracle.augment(stored["train"][key][0], (y, x), flip == 1, np.zeros(3))
+            assert image.dtype == torch.uint8 and np.array_equal(image.numpy(), expected)
+
+
 def test_a_loader_that_keeps_no_draws_gives_the_same_images(shards, colors):
     with_draws = make_loader(shards, colors)
     without = make_loader(shards, colors, with_draws=False)
@@ -211,7 +253,7 @@ def test_a_loader_that_keeps_no_draws_gives_the_same_images(shards, colors):
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("mean", "pixel"), ("lighting", "none"), ("dtype", "bfloat16"), ("layout", "CHW")]
+    ("field", "value"), [("mean", "pixel"), ("lighting", "none"), ("dtype", "float64"), ("layout", "CHW")]
 )
 def test_an_unknown_choice_is_refused_by_name(field, value):
     with pytest.raises(UserError, match=f"{field} is '{value}', expected one of"):

@@ -1,0 +1,162 @@
+"""Batches for evaluation and statistics: each image of a split exactly once over all ranks, in order.
+
+The decision that shaped it: every rank's reader pads its part to the same number of batches and the loader cuts the
+padding off, so that ranks take equal steps and nothing is counted twice. Left out: what is done to the pixels
+(graph.py, assemble.py, finish.py).
+"""
+
+import math
+from collections.abc import Generator, Iterator
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from pipeline.assemble import Assemble, Batch, Decoded, Stored
+from pipeline.colorstats import ColorStats
+from pipeline.errors import UserError
+from pipeline.feeding import DecodeOption, check_ranks, count_threads, make_feed
+from pipeline.finish import CENTRE_PX, CROP_SIZE_PX, FIVE_OFFSETS_PX, Transform, Views
+from pipeline.graph import DALIGenericIterator, Feed, eval_pipeline, finish_epoch, iterate
+from pipeline.shardset import IMAGE_SIZE_PX, ShardSet
+from pipeline.stored import SampleTable
+
+
+class EvalLoader:
+    """Every image of a split exactly once over all ranks, in order, `len(loader)` steps on every rank.
+
+    `crops`: "centre" or "ten" (four corners and the centre, then their mirror images). `decode`, of JPEG shards, as for
+    TrainLoader, but "auto" is "mixed" on a GPU. A rank may get fewer images, or none, in its last batches: it still
+    gets a batch, so that it joins every reduction. Can be iterated any number of times, each time from the start to
+    the end.
+    """
+
+    def __init__(
+        self,
+        shards: ShardSet,
+        colors: ColorStats,
+        *,
+        batch_size: int = 128,
+        crops: Literal["centre", "ten"] = "centre",
+        split: str = "val",
+        rank: int = 0,
+        world_size: int = 1,
+        device: Literal["cpu", "gpu"] = "cpu",
+        decode: DecodeOption = "auto",
+        host_share: float | None = None,
+        mean: str = "image",
+        unit_variance: bool = False,
+        dtype: str = "float32",
+        layout: str = "NCHW",
+        num_threads: int | None = None,
+    ) -> None:
+        check_ranks(rank, world_size)
+        if batch_size < 1:
+            raise UserError(f"batch size {batch_size}: expected 1 or more")
+        if crops not in ("centre", "ten"):
+            raise UserError(f"crops {crops!r}: expected 'centre' or 'ten'")
+        num_samples = shards.num_samples(split)
+        if not num_samples:
+            raise UserError(f"{shards.root}: no {split} images; add a {split}/ folder to the source and shard it again")
+        transform = Transform(mean, None, False, False, unit_variance, dtype, layout)
+        num_parts = min(world_size, num_samples)  # DALI needs a sample for each part; ranks beyond them get none
+        feed = make_feed(
+            shards,
+            split,
+            batch_size=batch_size,
+            rank=rank,
+            world_size=num_parts,
+            device=device,
+            num_threads=count_threads() if num_threads is None else num_threads,
+            decode=decode,
+            automatic="mixed",
+            host_share=host_share,
+        )
+        self._num_steps = math.ceil(math.ceil(num_samples / num_parts) / batch_size)
+        self._shards, self._split, self._dtype = shards, split, transform.torch_dtype
+        views = [(*CENTRE_PX, 0)]
+        if crops == "ten":
+            views = [(y, x, flip) for flip in (0, 1) for y, x in FIVE_OFFSETS_PX]
+        self._views = torch.tensor(views)
+        self._empty_on = "cuda" if device == "gpu" else "cpu"
+        self._iterator: DALIGenericIterator | None = None
+        self._running: Generator[dict[str, Tensor], None, None] | None = None
+        if rank < num_parts:
+            self._assemble: Assemble
+            if feed.decode == "stored":
+                self._assemble = Stored(shards, colors, transform, feed)
+            else:
+                self._assemble = Decoded(colors, transform, feed, cropped=crops == "centre")
+            self._iterator = _once(shards, feed, whole=crops == "ten")
+
+    def __len__(self) -> int:
+        return self._num_steps
+
+    def __iter__(self) -> Iterator[Batch]:
+        if self._iterator is None:
+            for _ in range(self._num_steps):
+                yield self._shape(torch.empty((0, 3, CROP_SIZE_PX, CROP_SIZE_PX), dtype=self._dtype), torch.empty(0))
+            return
+        if self._running is not None:
+            self._running.close()  # an earlier loop that was left, but is still held by somebody
+        self._shards.wait(self._split)
+        self._running = _from_start(self._iterator)
+        for outputs in self._running:
+            labels, num_views = outputs["labels"], len(self._views)
+            views = self._views.repeat(len(labels), 1)  # all of the first image, then all of the second, ...
+            source = torch.arange(len(labels)).repeat_interleave(num_views)
+            yield self._shape(self._assemble(outputs, Views(source, views[:, :2], views[:, 2])), labels)
+
+    def _shape(self, images: Tensor, labels: Tensor) -> Batch:
+        if len(self._views) > 1:
+            images = images.reshape(len(labels), len(self._views), *images.shape[1:])
+        return Batch(images.to(self._empty_on), labels.to(self._empty_on, torch.int64, non_blocking=True))
+
+
+def read_pixels(
+    shards: ShardSet,
+    *,
+    split: str = "train",
+    batch_size: int = 64,
+    device: Literal["cpu", "gpu"] = "cpu",
+    num_threads: int | None = None,
+) -> Iterator[Batch]:
+    """Every stored image of a split once, in order, unchanged: images uint8 (B, 256, 256, 3) RGB, labels int64 (B,)."""
+    feed = make_feed(
+        shards,
+        split,
+        batch_size=batch_size,
+        rank=0,
+        world_size=1,
+        device=device,
+        num_threads=count_threads() if num_threads is None else num_threads,
+        decode="auto",
+        automatic="mixed",
+    )
+    shards.wait(split)
+    on = "cuda" if device == "gpu" else "cpu"
+    table = SampleTable(shards, split) if feed.decode == "stored" else None
+    for outputs in _from_start(_once(shards, feed, whole=True)):
+        labels = outputs["labels"].to(on)
+        if table is None:
+            yield Batch(outputs["pixels"], labels)
+            continue
+        images = torch.empty((len(labels), IMAGE_SIZE_PX, IMAGE_SIZE_PX, 3), dtype=torch.uint8)
+        for image, position in zip(images.numpy(), table.find(outputs["keys"].numpy()), strict=True):
+            table.read_into(position, image.reshape(-1), 0)
+        yield Batch(images.to(on), labels)
+
+
+def _once(shards: ShardSet, feed: Feed, *, whole: bool) -> DALIGenericIterator:
+    outputs = ["labels", "keys"] if feed.decode == "stored" else ["pixels", "labels", "keys"]
+    return iterate(eval_pipeline(shards, feed, whole=whole), outputs, with_padding=False)
+
+
+def _from_start(iterator: DALIGenericIterator) -> Generator[dict[str, Tensor], None, None]:
+    try:
+        for outputs in iter(lambda: next(iterator, None), None):
+            yield outputs[0]
+    except GeneratorExit:  # a loop left early; after an error of DALI's there is nothing to read on to
+        finish_epoch(iterator)
+        raise
+    iterator.reset()

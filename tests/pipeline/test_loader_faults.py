@@ -1,0 +1,134 @@
+"""What loaders refuse, and what they do with shards that are damaged while they read."""
+
+import json
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.errors import UserError
+from pipeline.shardset import ShardSet
+from tests.pipeline.loading import NUM_TRAIN
+
+ROOT = Path(__file__).resolve().parents[2]
+CRASHES = (-signal.SIGSEGV, -signal.SIGABRT)
+DEADLINE_S = 60  # far beyond what an error takes
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"global_batch_size": 0}, "global batch size 0: expected a positive multiple of the 1 ranks"),
+        ({"global_batch_size": -8}, "global batch size -8: expected a positive"),
+        ({"global_batch_size": 9, "world_size": 2}, "global batch size 9: expected a positive multiple of the 2 ranks"),
+        ({"global_batch_size": 65}, "64 training images, fewer than one global batch of 65; set --global-batch-size"),
+        ({"rank": 2, "world_size": 2}, "rank 2 of 2"),
+        ({"rank": -1, "world_size": 2}, "rank -1 of 2"),
+        ({"world_size": 0}, "rank 0 of 0"),
+        ({"device": "tpu"}, "device 'tpu': expected 'cpu' or 'gpu'"),
+        ({"mean": "none"}, "mean is 'none', expected one of image, channel"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else str(value),
+)
+def test_training_arguments_that_do_not_fit_are_refused(make_train, options, message):
+    with pytest.raises(UserError, match=message):
+        make_train(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, "batch size 0: expected 1 or more"),
+        ({"rank": 3, "world_size": 3}, "rank 3 of 3"),
+        ({"crops": "five"}, "crops 'five': expected 'centre' or 'ten'"),
+        ({"device": "tpu"}, "device 'tpu': expected 'cpu' or 'gpu'"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else str(value),
+)
+def test_evaluation_arguments_that_do_not_fit_are_refused(make_eval, options, message):
+    with pytest.raises(UserError, match=message):
+        make_eval(**options)
+
+
+def test_shards_without_validation_images_are_refused_for_evaluation(make_eval, shards):
+    manifest = shards.manifest
+    train = tuple(shard for shard in manifest.shards if shard.split == "train")
+    without = ShardSet(shards.root, replace(manifest, shards=train, totals={"train": NUM_TRAIN, "val": 0}))
+    with pytest.raises(UserError, match="no val images; add a val/ folder"):
+        make_eval(shards=without)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA GPU is visible")
+def test_the_gpu_is_refused_where_there_is_none(make_train, make_eval):
+    for make in (make_train, make_eval):
+        with pytest.raises(UserError, match="no CUDA GPU is visible; use device 'cpu'"):
+            make(device="gpu")
+
+
+READ_PROGRAM = """
+import sys
+from pipeline.colorstats import ColorStats
+from pipeline.loader import EvalLoader, TrainLoader, read_pixels
+from pipeline.shardset import ShardSet
+shards = ShardSet.open(sys.argv[1])
+colors = ColorStats.load(shards.root, shards.fingerprint)
+print("opened", flush=True)
+for _ in {make}: pass
+print("read to the end", flush=True)
+"""
+
+
+def with_sizes_on_disk(shards) -> dict:
+    """The manifest, telling the sizes the tars have now: damage that opening the shards cannot see."""
+    manifest = shards.manifest.to_json()
+    for shard in manifest["shards"]:
+        shard["bytes"] = (shards.root / shard["file"]).stat().st_size
+    return manifest
+
+
+def garble_one_image(shards, split) -> None:
+    """Overwrite the first JPEG of the split's second shard with zeros, its tar header left alone."""
+    line = next(line for line in shards.indices(split)[1].read_text().splitlines()[1:] if "jpg" in line).split()
+    offset, size = int(line[1]), int(line[2])
+    with shards.tars(split)[1].open("r+b") as file:
+        file.seek(offset)
+        assert file.read(2) == b"\xff\xd8"  # where a JPEG begins
+        file.seek(offset)
+        file.write(bytes(size))
+
+
+def cut_in_half(shards, split) -> None:
+    path = shards.tars(split)[1]
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size // 2)
+
+
+@pytest.mark.parametrize(
+    ("damage", "reader"),
+    [(garble_one_image, "train"), (garble_one_image, "pixels"), (cut_in_half, "train"), (cut_in_half, "eval")],
+    ids=lambda value: value if isinstance(value, str) else value.__name__,
+)
+def test_a_shard_damaged_under_the_reader_ends_the_process_with_a_failure(private_shards, damage, reader):
+    damage(private_shards, "val" if reader == "eval" else "train")
+    make = {
+        "train": "TrainLoader(shards, colors, global_batch_size=4, num_threads=2)",
+        "eval": "EvalLoader(shards, colors, batch_size=4, num_threads=2)",
+        "pixels": "read_pixels(shards, batch_size=4, num_threads=2)",
+    }[reader]
+    program = READ_PROGRAM.format(make=make)
+    (private_shards.root / "manifest.json").write_text(json.dumps(with_sizes_on_disk(private_shards)))
+    done = subprocess.run(  # a process of its own: DALI 2.4 may crash after an error, and a hang ends in TimeoutExpired
+        [sys.executable, "-c", program, str(private_shards.root)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=DEADLINE_S,
+    )
+    assert "opened" in done.stdout and "read to the end" not in done.stdout
+    assert done.returncode != 0
+    assert "RuntimeError: Critical error in pipeline" in done.stderr or done.returncode in CRASHES

@@ -1,0 +1,166 @@
+"""Resuming: the same remaining batches after a restart, and the states that are refused."""
+
+import io
+import itertools
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from pipeline.errors import UserError
+from pipeline.shardset import ShardSet
+from tests.pipeline.loading import advance, read_keys, record
+
+
+@pytest.mark.parametrize(
+    ("num_batches", "epoch", "step"),
+    [(0, 1, 0), (1, 1, 1), (7, 1, 7), (8, 2, 0), (11, 2, 3), (15, 2, 7), (16, 3, 0), (20, 3, 4)],
+)
+def test_a_restored_loader_gives_the_same_remaining_batches_and_epochs(make_train, num_batches, epoch, step):
+    loader, restored = make_train(), make_train()
+    advance(loader, num_batches)
+    state = loader.state_dict()
+    restored.load_state_dict(state)
+    assert (restored.epoch, restored.step) == (epoch, step)
+    expected = [record(loader) for _ in range(3)]
+    assert [len(batches) for batches in expected] == [8 - step, 8, 8]
+    assert [record(restored) for _ in range(3)] == expected
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"decode": "hybrid", "host_share": 0.4}, {"cache": "raw"}, {"raw": True}, {"raw": True, "cache": "raw"}],
+    ids=str,
+)
+@pytest.mark.parametrize("num_batches", [3, 6, 16])
+def test_every_way_to_the_pixels_resumes_to_the_same_bits(make_train, raw_shards, options, num_batches):
+    options = {"global_batch_size": 10, **options}
+    if options.pop("raw", False):
+        options["shards"] = raw_shards
+    loader, restored = make_train(**options), make_train(**options, num_threads=1)
+    advance(loader, num_batches)
+    restored.load_state_dict(loader.state_dict())
+    for _ in range(2):
+        assert record(restored) == record(loader)
+
+
+def test_how_hybrid_decoding_is_shared_and_how_many_threads_there_are_may_change_on_resuming(make_train):
+    loader = make_train(decode="hybrid", host_share=0.25)
+    restored = make_train(decode="hybrid", host_share=0.75, hw_decoder_load=0.2, num_threads=1, with_draws=True)
+    advance(loader, 5)
+    restored.load_state_dict(loader.state_dict())
+    assert record(restored) == record(loader)
+
+
+def test_raw_and_cached_feeding_may_be_exchanged_on_resuming(make_train, raw_shards):
+    loader, restored = make_train(shards=raw_shards), make_train(shards=raw_shards, cache="raw")
+    advance(loader, 5)
+    restored.load_state_dict(loader.state_dict())
+    assert record(restored) == record(loader)
+
+
+@pytest.mark.parametrize("global_batch_size", [8, 10], ids=["no remainder", "with a remainder"])
+def test_a_state_taken_inside_the_loop_at_the_last_batch_resumes_at_the_next_epoch(make_train, global_batch_size):
+    loader = make_train(global_batch_size=global_batch_size)
+    restored = make_train(global_batch_size=global_batch_size)
+    states = [loader.state_dict() for _ in itertools.chain(loader, loader)]
+    assert (states[-1]["epoch"], states[-1]["step"]) == (2, len(loader))
+    restored.load_state_dict(states[-1])
+    assert record(restored) == []  # nothing is left of epoch 2
+    for _ in range(2):
+        assert record(restored) == record(loader)
+
+
+def test_taking_states_does_not_change_the_batches(make_train):
+    loader, undisturbed = make_train(), make_train()
+    keys = []
+    for _ in loader:
+        loader.state_dict()
+        keys.append(loader.draws.keys)
+    assert keys == read_keys(undisturbed)
+
+
+def test_each_rank_resumes_from_its_own_state_with_a_remainder(make_train):
+    for rank in range(2):
+        options = {"rank": rank, "world_size": 2, "global_batch_size": 10}
+        loader, restored = make_train(**options), make_train(**options)
+        advance(loader, 8)
+        restored.load_state_dict(loader.state_dict())
+        for _ in range(2):
+            assert record(restored) == record(loader)
+
+
+def test_a_loader_that_has_run_can_be_set_back(make_train):
+    loader = make_train()
+    advance(loader, 10)
+    state = loader.state_dict()
+    first = record(loader)
+    record(loader)
+    loader.load_state_dict(state)
+    assert record(loader) == first
+
+
+def test_a_restored_loader_saves_a_state_that_restores(make_train):
+    loader, second, third = make_train(), make_train(), make_train()
+    advance(loader, 10)
+    second.load_state_dict(loader.state_dict())
+    advance(second, 3)
+    third.load_state_dict(second.state_dict())
+    advance(loader, 3)
+    assert record(third) == record(second) == record(loader)
+
+
+def test_a_state_survives_json_and_a_weights_only_load(make_train):
+    loader = make_train()
+    advance(loader, 11)
+    state = loader.state_dict()
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    assert torch.load(buffer, weights_only=True) == state
+    restored = make_train()
+    restored.load_state_dict(json.loads(json.dumps(state)))
+    assert record(restored) == record(loader)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("seed", {"seed": 6}),
+        ("global batch size", {"global_batch_size": 16}),
+        ("world size", {"world_size": 2}),
+        ("rank", {"world_size": 2, "rank": 1}),
+        ("transform", {"flip": False}),
+        ("transform", {"dtype": "float16"}),
+        ("decoder", {"decode": "hybrid", "host_share": 0.5}),
+        ("decoder", {"cache": "raw"}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else next(reversed(value)),
+)
+def test_a_state_of_another_run_is_refused_by_what_differs(make_train, name, options):
+    state = make_train(**({"world_size": 2} if name == "rank" else {})).state_dict()
+    other = make_train(**options)
+    with pytest.raises(UserError, match=f"^the loader's state was saved with {name} .*, this one has "):
+        other.load_state_dict(state)
+    assert (other.epoch, other.step, len(list(other))) == (1, 0, len(other))  # and the loader is as it was
+
+
+@pytest.mark.parametrize("name", ["DALI version", "graph", "device"])
+def test_a_state_of_another_dali_graph_or_device_is_refused(make_train, name):
+    loader = make_train()
+    state = loader.state_dict()
+    signature = json.loads(state["signature"])
+    signature[name] = "another"
+    with pytest.raises(UserError, match=f"saved with {name} another, this one has .*; resume with the same settings"):
+        loader.load_state_dict({**state, "signature": json.dumps(signature)})
+    del signature[name]  # a state from before it was written down
+    with pytest.raises(UserError, match=f"saved with {name} None"):
+        loader.load_state_dict({**state, "signature": json.dumps(signature)})
+
+
+def test_a_state_of_other_shards_is_refused(make_train, shards):
+    first, *others = shards.manifest.shards
+    changed = ShardSet(shards.root, replace(shards.manifest, shards=(replace(first, sha256="0" * 64), *others)))
+    with pytest.raises(UserError, match=f"saved with shards {shards.fingerprint}"):
+        make_train(shards=changed).load_state_dict(make_train().state_dict())
