@@ -10,11 +10,15 @@ import hashlib
 import json
 import os
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import UserError
+from pipeline.machine import temporary_for
+
+if TYPE_CHECKING:
+    from pipeline.cache import Remote
 
 SCHEMA = 1
 IMAGE_SIZE_PX = 256
@@ -64,7 +68,7 @@ class Manifest:
     job: str
 
     @classmethod
-    def parse(cls, raw: Any, where: Path) -> "Manifest":
+    def parse(cls, raw: Any, where: Path | str) -> "Manifest":
         """A checked manifest from decoded JSON. Raises UserError, naming `where`, for anything that is not one."""
         schema = raw.get("schema") if isinstance(raw, dict) else None
         if schema != SCHEMA:
@@ -125,18 +129,31 @@ class Manifest:
 
 @dataclass(frozen=True)
 class ShardSet:
-    """A finished folder of shards. Open one with `ShardSet.open(path)`."""
+    """A finished folder of shards. Open one with `ShardSet.open(path)`.
+
+    Behind a URL, `root` is the local folder that caches it: everything small lies there, every tar has its size, but
+    its bytes arrive when asked for. Readers therefore `wait` for a split, or go step by step (readahead.Gate).
+    """
 
     root: Path
     manifest: Manifest
+    remote: "Remote | None" = field(default=None, compare=False, repr=False)
 
     @classmethod
-    def open(cls, root: str | Path) -> "ShardSet":
+    def open(
+        cls, root: str | Path, *, cache_dir: str | Path | None = None, cache_gib: float | None = None
+    ) -> "ShardSet":
         """The shards in `root`, checked: every tar present and of its recorded size, every index of its sample count.
 
+        `root` may be a URL (s3://bucket/prefix and whatever fsspec knows): then `cache_dir` (default: $ALEXNET_CACHE or
+        the user's cache folder) keeps up to `cache_gib` GiB of shards (default: what the disk holds), see cache.py.
         Raises UserError for a folder without a manifest, with one of another schema, or with a missing, truncated or
         stale file. Checksums are not read here: that would cost as long as reading the data set.
         """
+        if "://" in str(root):
+            from pipeline.cache import open_cached  # here: it needs numpy, and the extra `s3`
+
+            return cls(*open_cached(str(root), cache_dir, cache_gib))
         root = Path(root)
         path = root / MANIFEST
         if not path.is_file():
@@ -146,9 +163,34 @@ class ShardSet:
                 f"make it with `alexnet-prep shard SOURCE --out {root}`, or name another with --shards"
             )
         manifest = Manifest.parse(read_json(path), path)
-        for shard in manifest.shards:
-            _check_files(root, shard)
-        return cls(root, manifest)
+        shards = cls(root, manifest)
+        for split in SPLITS:
+            shards.check(split)
+        return shards
+
+    @property
+    def location(self) -> str:
+        """Where the shards come from: their URL, or their folder's absolute path. `open` takes it."""
+        return self.remote.url if self.remote else str(self.root.resolve())
+
+    def check(self, split: str) -> None:
+        """Raises UserError naming the first tar or index of `split` that is missing, truncated or stale."""
+        for shard in self.shards(split):
+            _check_files(self.root, shard)
+
+    def wait(self, split: str, samples: range | None = None) -> None:
+        """Block until every shard of `split` is in `root`, and check them. Raises UserError for one not to be had.
+
+        `samples`: only those shards that hold samples of these positions, counted in stored order.
+        """
+        if self.remote:
+            wanted, first = [], 0
+            for shard in self.shards(split):
+                if samples is None or (first < samples.stop and first + shard.samples > samples.start):
+                    wanted.append(shard.file)
+                first += shard.samples
+            self.remote.fetcher.wait(wanted)
+        self.check(split)
 
     def shards(self, split: str) -> list[Shard]:
         return [shard for shard in self.manifest.shards if shard.split == split]
@@ -214,7 +256,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_atomic(path: Path, data: bytes) -> None:
     """Write beside, fsync, rename. On any failure the temporary file is removed and `path` is as it was."""
-    temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
+    temporary = temporary_for(path)
     try:
         with temporary.open("wb") as file:
             file.write(data)

@@ -55,8 +55,7 @@ class BadImage(Exception):
         """The failure behind a decoder's exception; raises MemoryError if that is what it was."""
         if isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(str(error)):
             raise MemoryError(str(error)) from error  # a machine out of memory is no fault of the image's
-        reason = " ".join(str(error).split()).partition(" <_io.")[0]  # Pillow names the stream's memory address
-        return cls(reason or "cannot be decoded", type(error).__name__)
+        return cls(" ".join(str(error).split()) or "cannot be decoded", type(error).__name__)
 
 
 class Decoded(NamedTuple):

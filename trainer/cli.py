@@ -6,7 +6,6 @@ that `--help` answers at once and a wrong flag costs nothing. Left out: the work
 
 import os
 from collections.abc import Callable
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +21,22 @@ _NEWEST = "newest"
 
 def _add_common_options(function: Callable[..., Any]) -> Callable[..., Any]:
     version = click.version_option(package_name="alexnet-dali", prog_name="alexnet-dali")
-    shards = click.option("--shards", envvar="ALEXNET_SHARDS", show_envvar=True, type=click.Path(path_type=Path),
-                          show_default="the run's own, else ./shards", help="Folder of shards.")  # fmt: skip
+    shards = click.option("--shards", envvar="ALEXNET_SHARDS", show_envvar=True, type=click.Path(),
+                          show_default="the run's own, else ./shards",
+                          help="Folder of shards, or its URL (s3://bucket/prefix).")  # fmt: skip
+    cache_dir = click.option("--cache-dir", envvar="ALEXNET_CACHE", show_envvar=True,
+                             type=click.Path(file_okay=False), show_default="~/.cache/alexnet-dali",
+                             help="Local folder for shards behind a URL.")  # fmt: skip
+    cache_gib = click.option("--cache-gib", envvar="ALEXNET_CACHE_GIB", show_envvar=True,
+                             type=click.FloatRange(min=0, min_open=True), show_default="what the disk holds",
+                             help="Most that --cache-dir may hold, GiB.")  # fmt: skip
     runs = click.option("--runs", default="runs", envvar="ALEXNET_RUNS", show_envvar=True,
                         type=click.Path(path_type=Path), help="Folder of runs.")  # fmt: skip
     gpus = click.option("--gpus", "num_gpus", type=click.IntRange(min=0), show_default="all visible",
                         help="Number of GPUs; 0 computes on the CPU.")  # fmt: skip
     threads = click.option("--threads", "num_threads", type=click.IntRange(min=1), show_default="one per CPU",
                            help="Decoding threads of each rank.")  # fmt: skip
-    for option in (threads, gpus, runs, shards, version):
+    for option in (threads, gpus, cache_gib, cache_dir, runs, shards, version):
         function = option(function)
     return function
 
@@ -49,8 +55,10 @@ def _add_common_options(function: Callable[..., Any]) -> Callable[..., Any]:
               help="Go on with RUN (a name or folder); without RUN, with the newest of that --name.")  # fmt: skip
 @click.option("--set", "settings", multiple=True, metavar="FIELD=VALUE", help="Any field of the recipe; repeatable.")
 def _train(
-    shards: Path | None,
+    shards: str | None,
     runs: Path,
+    cache_dir: str | None,
+    cache_gib: float | None,
     num_gpus: int | None,
     num_threads: int | None,
     recipe_name: str | None,
@@ -78,7 +86,7 @@ def _train(
             raise click.UsageError(f"--resume goes on with the run's own settings; leave out {', '.join(clash)}")
         folder = _find_run(runs, resume, name or "paper")
         config = _read_config(folder)
-        recipe, seed, shards = from_dict(config["recipe"]), config["seed"], shards or Path(config["shards"])
+        recipe, seed, shards = from_dict(config["recipe"]), config["seed"], shards or config["shards"]
     else:
         recipe = RECIPES[recipe_name or "paper"]
     recipe = override(recipe, changes)
@@ -86,7 +94,7 @@ def _train(
     from pipeline.colorstats import ColorStats
     from pipeline.shardset import ShardSet
 
-    opened = ShardSet.open(shards or Path("shards"))
+    opened = ShardSet.open(shards or "shards", cache_dir=cache_dir, cache_gib=cache_gib)
     ColorStats.load(opened.root, opened.fingerprint)  # a fault in the data is told before any rank starts
     from trainer import distributed
     from trainer.train import Job, run_rank
@@ -94,7 +102,7 @@ def _train(
     num_ranks, use_gpu = _choose_devices(num_gpus)
     _check_divisible(recipe, num_ranks)
     job = Job(
-        shards=opened.root,
+        shards=shards or "shards",
         runs=runs,
         name=name or recipe.name,
         recipe=recipe,
@@ -102,6 +110,8 @@ def _train(
         use_gpu=use_gpu,
         resume=folder,
         num_threads=num_threads,
+        cache_dir=cache_dir,
+        cache_gib=cache_gib,
     )
     if num_ranks > 1 and not distributed.under_launcher():
         return distributed.launch(run_rank, (job,), num_ranks)
@@ -157,8 +167,10 @@ def _check_divisible(recipe: Recipe, num_ranks: int) -> None:
 @click.option("--checkpoint", default="best", metavar="best|last|PATH", help="Which checkpoint of the run.")
 @click.option("--json", "as_json", is_flag=True, help="Print the errors as one JSON object.")
 def _evaluate(
-    shards: Path | None,
+    shards: str | None,
     runs: Path,
+    cache_dir: str | None,
+    cache_gib: float | None,
     num_gpus: int | None,
     num_threads: int | None,
     run: str,
@@ -172,7 +184,7 @@ def _evaluate(
     config = _read_config(folder)
     from pipeline.shardset import ShardSet
 
-    opened = ShardSet.open(shards or Path(config["shards"]))
+    opened = ShardSet.open(shards or config["shards"], cache_dir=cache_dir, cache_gib=cache_gib)
     from trainer.evaluate import evaluate_checkpoint
 
     _, use_gpu = _choose_devices(num_gpus)
@@ -201,38 +213,6 @@ def _report(run: str, runs: Path) -> None:
     console.say(format_summary(report(resolve_run(runs, run))))
 
 
-@click.command(cls=console.Command, context_settings=_SETTINGS)
-@_add_common_options
-@click.argument("what", type=click.Choice(["loader"]), default="loader")
-@click.option("--recipe", "recipe_name", type=click.Choice(list(RECIPES)), default="paper", help="Augmentation.")
-@click.option("--seconds", "duration_s", default=10.0, type=click.FloatRange(min=0.1), help="How long to measure, s.")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
-def _bench(
-    shards: Path | None,
-    runs: Path,
-    num_gpus: int | None,
-    num_threads: int | None,
-    what: str,
-    recipe_name: str,
-    duration_s: float,
-    as_json: bool,
-) -> None:
-    """Measure WHAT: `loader`, how many images a second the pipeline feeds when nothing consumes them."""
-    from pipeline.shardset import ShardSet
-
-    opened = ShardSet.open(shards or Path("shards"))
-    from trainer.bench import measure_loader
-
-    _, use_gpu = _choose_devices(num_gpus)
-    recipe = RECIPES[recipe_name]
-    size = min(recipe.global_batch_size, opened.num_samples("train"))
-    result = measure_loader(opened, replace(recipe, global_batch_size=size), use_gpu, num_threads, duration_s)
-    if as_json:
-        console.print_json(asdict(result))
-    else:
-        console.say(str(result))
-
-
 def train() -> None:
     console.run(_train)
 
@@ -246,4 +226,6 @@ def report() -> None:
 
 
 def bench() -> None:
-    console.run(_bench)
+    from trainer.cli_bench import command
+
+    console.run(command)

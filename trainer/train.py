@@ -47,9 +47,12 @@ LOG_STEPS = 20  # a record every so many steps, and at the end of each epoch
 
 @dataclass(frozen=True)
 class Job:
-    """One run as asked for. `resume`: the run folder to go on with, else a new one is made under `runs`."""
+    """One run as asked for. `resume`: the run folder to go on with, else a new one is made under `runs`.
 
-    shards: Path
+    `shards`: a folder or a URL; `cache_dir`, `cache_gib`: see ShardSet.open.
+    """
+
+    shards: str
     runs: Path
     name: str
     recipe: Recipe
@@ -57,6 +60,8 @@ class Job:
     use_gpu: bool
     resume: Path | None = None
     num_threads: int | None = None
+    cache_dir: str | None = None
+    cache_gib: float | None = None
 
 
 def run_rank(job: Job) -> int:
@@ -108,7 +113,7 @@ class _Run:
 
     def __init__(self, job: Job, ranks: Ranks) -> None:
         self.job, self.ranks, recipe = job, ranks, job.recipe
-        self.shards = ShardSet.open(job.shards)
+        self.shards = ShardSet.open(job.shards, cache_dir=job.cache_dir, cache_gib=job.cache_gib)
         self.colors = ColorStats.load(self.shards.root, self.shards.fingerprint)
         self.has_val = self.shards.num_samples("val") > 0
         if not self.has_val and recipe.schedule == "plateau":
@@ -167,7 +172,7 @@ class _Run:
             config = {
                 "recipe": to_dict(self.job.recipe),
                 "seed": self.job.seed,
-                "shards": str(self.shards.root.resolve()),
+                "shards": self.shards.location,
                 "shards_fingerprint": self.shards.fingerprint,
                 "num_classes": self.shards.num_classes,
                 "world_size": self.ranks.world_size,
