@@ -95,14 +95,25 @@ def test_on_photographs_both_ways_agree(real_images):
 
 def test_what_the_codec_gives_back_undone_goes_to_the_cpu(monkeypatch):
     preparer = GpuPreparer(encoding="jpeg", quality=90, on_host=True)
-    contents = in_order()[:3]
+    contents = in_order()[:4]
+    all_done = preparer(contents)
+    decoder, encoder = preparer._decoder, preparer._encoder
 
     class Refusing:
-        def decode(self, sources, **_options):
-            return [None] * len(sources)
+        """Decodes all but the second image, encodes all but the last."""
+
+        def decode(self, sources, **options):
+            images = decoder.decode(sources, **options)
+            return [images[0], None, *images[2:]]
+
+        def encode(self, images, **options):
+            return [*encoder.encode(images, **options)[:-1], None]
 
     monkeypatch.setattr(preparer, "_decoder", Refusing())
-    assert preparer(contents) == make_preparer(device="cpu", encoding="jpeg", quality=90)(contents)
+    monkeypatch.setattr(preparer, "_encoder", Refusing())
+    on_cpu = make_preparer(device="cpu", encoding="jpeg", quality=90)(contents)
+    assert preparer(contents) == [all_done[0], on_cpu[1], all_done[2], on_cpu[3]]
+    assert all_done[1] != on_cpu[1] and all_done[3] != on_cpu[3]
 
 
 def test_an_empty_batch_is_no_work():
@@ -112,10 +123,10 @@ def test_an_empty_batch_is_no_work():
 def test_the_gpu_is_given_files_that_are_in_order_and_no_others():
     assert all(map(is_in_order, in_order()))
     assert not any(map(is_in_order, [*odd(), *BAD]))
-    large = bytearray(save(noise(64, 64), "JPEG"))
-    at = large.index(b"\xff\xc0") + 5
-    large[at : at + 4] = b"\xff\x00\xff\x00"
-    assert not is_in_order(bytes(large))
+    usual = save(noise(64, 64), "JPEG")
+    at = usual.index(b"\xff\xc0") + 4
+    for place, change in ((at, b"\x0c"), (at + 1, b"\xff\x00\xff\x00")):  # 12 bits; too many pixels
+        assert not is_in_order(usual[:place] + change + usual[place + len(change) :])
 
 
 @pytest.mark.gpu

@@ -19,6 +19,7 @@ from tools.jpegfile import is_plain, survey
 
 WHOLE = save(noise(320, 300), "JPEG", quality=90)
 PROGRESSIVE = save(noise(320, 300), "JPEG", quality=90, progressive=True)
+RESTARTING = save(noise(320, 300), "JPEG", quality=90, restart_marker_blocks=3)
 JFIF_REVISION_AT = WHOLE.index(b"JFIF\0") + 5
 
 
@@ -35,7 +36,7 @@ def assert_repaired(data: bytes, like: bytes, text: str) -> None:
     assert "\n" not in result.repair
 
 
-@pytest.mark.parametrize("like", [WHOLE, PROGRESSIVE], ids=["baseline", "progressive"])
+@pytest.mark.parametrize("like", [WHOLE, PROGRESSIVE, RESTARTING], ids=["baseline", "progressive", "restarts"])
 @pytest.mark.parametrize("num_lost", [1, 2])
 def test_a_missing_end_marker_is_supplied(like, num_lost):
     assert_repaired(like[:-num_lost], like, "Premature end of JPEG file; end marker supplied")
@@ -102,6 +103,25 @@ def test_progressive_scans_that_were_never_sent_are_noticed():
     result = decode(PROGRESSIVE[: at[-1]] + b"\xff\xd9")
     assert result.repair == "progressive scans are missing: the lowest bits were not sent"
     assert 0 < np.abs(result.pixels.astype(int) - pixels_of(PROGRESSIVE)).mean() < 12
+
+
+def test_a_component_that_was_never_sent_is_noticed_in_a_sequential_file_too():
+    # A greyscale file that declares two components more, for which no scan comes.
+    grey = save(noise(64, 64).convert("L"), "JPEG")
+    at = grey.index(b"\xff\xc0")
+    frame = bytearray(grey[at : at + 13]) + b"\2\x11\0\3\x11\0"
+    frame[3], frame[9] = frame[3] + 6, 3
+    data = grey[:at] + bytes(frame) + grey[at + 13 :]
+    assert not is_plain(data)
+    with pytest.raises(BadImage, match=r"not every component was sent \(MissingScans\)"):
+        decode(data)
+
+
+def test_fill_bytes_before_markers_are_part_of_the_format():
+    at = WHOLE.index(b"\xff\xdb")
+    filled = WHOLE[:at] + b"\xff" * 3 + WHOLE[at:-2] + b"\xff" * 5 + WHOLE[-2:]
+    assert prepare_raw(filled) == prepare_raw(WHOLE)
+    assert survey(filled).has_end and survey(filled).repairs == () and survey(filled).mended == WHOLE
 
 
 def test_the_survey_of_a_whole_file_changes_nothing():
