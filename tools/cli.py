@@ -57,7 +57,7 @@ def synth(folder: str, num_classes: int, num_train: int, num_val: int, seed: int
 
 
 def _check_limit(_context: click.Context, _parameter: click.Parameter, value: str) -> str:
-    from tools.sharder import limit_failures
+    from tools.failures import limit_failures
 
     try:
         limit_failures(value, 1)

@@ -9,15 +9,19 @@ handed out as can run. Left out: starting a cluster, and bringing code and image
 import contextlib
 import logging
 import os
+import secrets
 import signal
+import socket
 import traceback
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any, TypeVar
 
 from pipeline.errors import UserError
 from tools.engines import count_cpus, use_one_thread
 
 POLL_S = 0.2
+CONNECT_TIMEOUT_S = 10.0
 OBJECT_STORE_BYTES = 128 << 20  # of a Ray of our own: listings of units go through it, images do not
 Unit = TypeVar("Unit")
 Update = TypeVar("Update")
@@ -146,12 +150,16 @@ def _work(function: Callable[[Any, Callable[[Any], None]], Any], unit: Any, mail
 def _connect(address: str | None, num_tasks: int | None, on_gpu: bool) -> Iterator[Any]:
     """The module `ray`, connected. It neither reports to its makers nor greets, and leaves our signals alone."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # its warning of a changed default
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # or it warns of a changed default
+    if address is None and not any(name.startswith("RAY_AUTH_") for name in os.environ):
+        # Nobody else on this machine may use a Ray of our own; left to itself it writes a token into the home folder.
+        os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
     try:
         import ray
     except ImportError as error:
         raise UserError(f"--engine ray needs the package ray ({error}); pip install 'alexnet-dali[ray]'") from error
 
+    _knock(address)
     handler = signal.getsignal(signal.SIGTERM)
     local: dict[str, Any] = {
         "num_cpus": num_tasks or count_cpus(),
@@ -165,14 +173,30 @@ def _connect(address: str | None, num_tasks: int | None, on_gpu: bool) -> Iterat
             logging_level=logging.CRITICAL,
             **({} if address else local),
         )
-    except (ConnectionError, ValueError, RuntimeError, OSError) as error:
-        raise UserError(
-            f"Ray at {address or 'this machine'!r} cannot be used ({_first_line(error)}); "
-            "check --ray-address, or `ray status` on that machine"
-        ) from error
+    except (ConnectionError, ValueError, RuntimeError, OSError, ray.exceptions.RayError) as error:
+        raise _explain(address, error) from error
     finally:
         signal.signal(signal.SIGTERM, handler)
     try:
-        yield ray
+        # A thread of Ray's writes what goes wrong to our standard output, where results go. It is raised here as well.
+        with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere):
+            yield ray
     finally:
         ray.shutdown()
+
+
+def _knock(address: str | None) -> None:
+    """Raise UserError if nobody listens at host:port; Ray itself tries for a quarter of an hour."""
+    host, _, port = (address or "").rpartition("://")[2].rpartition(":")
+    if port.isdecimal():
+        try:
+            socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
+        except (OSError, OverflowError) as error:
+            raise _explain(address, error) from error
+
+
+def _explain(address: str | None, error: Exception) -> UserError:
+    return UserError(
+        f"Ray at {address or 'this machine'!r} cannot be used ({_first_line(error)}); "
+        "check --ray-address, `ray status` there, and RAY_AUTH_MODE and RAY_AUTH_TOKEN if it wants a token"
+    )

@@ -12,6 +12,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Sequence
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -59,13 +60,14 @@ def run_units(
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(preload))
+    resource_tracker.ensure_running()  # started on the way, it would take the mask below away again
     remaining = iter(units)
     processes = []
     at_work: dict[Connection, tuple[Any, Unit]] = {}
     try:
         for unit in remaining:
             here, there = context.Pipe()
-            process = context.Process(target=_work, args=(function, there), daemon=True)
+            process = context.Process(target=_work, args=(function, there, dict(os.environ)), daemon=True)
             # Ctrl-C goes to every process of the terminal, but it is for this one to decide what comes of it: workers
             # inherit a mask that keeps it from them, from their first instruction on.
             mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
@@ -126,8 +128,12 @@ def _mourn(process: Any, unit: Any) -> UserError:
     )
 
 
-def _work(function: Callable[[Any, Callable[[Any], None]], Any], connection: Connection) -> None:
+def _work(
+    function: Callable[[Any, Callable[[Any], None]], Any], connection: Connection, variables: dict[str, str]
+) -> None:
     """The life of a worker: take a unit, tell how it goes, until the parent hangs up or ends this process."""
+    os.environ.clear()  # what is inherited is the environment of the first call in the parent's life
+    os.environ.update(variables)
 
     def tell(message: Any) -> None:
         try:

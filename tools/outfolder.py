@@ -17,8 +17,9 @@ from pipeline.colorstats import COLOR_FILE, MEAN_IMAGE_FILE
 from pipeline.errors import UserError
 from pipeline.machine import is_running, machine_id
 from pipeline.shardset import MANIFEST, SCHEMA, Manifest, Shard, ShardSet
+from tools.failures import Failure
 from tools.lock import Part, is_lock
-from tools.shardwriter import Failure, Written
+from tools.shardwriter import Written
 from tools.store import FolderStore, Item, Store
 
 JOB_FILE = "job.json"

@@ -7,11 +7,9 @@ manifest, which comes last, from whoever finds all shards finished. Left out: th
 (shardwriter.py), where workers run (engines.py, engine_ray.py), and where files go (store.py).
 """
 
-import re
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from fractions import Fraction
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -22,6 +20,7 @@ from pipeline.errors import UserError
 from pipeline.shardset import IMAGE_SIZE_PX, MANIFEST, SCHEMA, SPLITS, Manifest
 from tools.engine_ray import run_units_on_ray
 from tools.engines import count_cpus, run_units
+from tools.failures import Failure, encode_failures, name_failures, refuse_failures
 from tools.imaging import Device, Encoding
 from tools.lock import Lock, Part, refuse_held
 from tools.outfolder import (
@@ -38,15 +37,11 @@ from tools.outfolder import (
     remove_temporaries,
 )
 from tools.plan import RAW_QUALITY, Options, Plan
-from tools.plan import fingerprint_job as fingerprint_job  # these three for those who check a folder
-from tools.plan import name_shards as name_shards
-from tools.plan import order_samples as order_samples
-from tools.shardwriter import Failure, Setup, Tick, Written, encode_failures, write_unit
+from tools.shardwriter import Setup, Tick, Written, write_unit
 from tools.sources import Source
 from tools.store import Store, open_store
 
 ENGINES = ("local", "ray")
-_NUM_NAMED = 3
 _PRELOAD = ("tools.shardwriter", "torch", "webdataset")
 
 
@@ -95,31 +90,6 @@ class Engine:
             )
         else:
             run_units(function, units, num_workers=self.num_workers or count_cpus(), preload=_PRELOAD, **callbacks)
-
-
-def limit_failures(text: str, num_images: int) -> int:
-    """How many images may fail: "25" is a count, "0.1%" a share of the images and at least 1. Raises ValueError."""
-    if not re.fullmatch(r"[0-9]+|[0-9]+(\.[0-9]+)?%", text):
-        raise ValueError(f"{text!r}: expected a count such as 25 or a percentage such as 0.1%")
-    if text.endswith("%"):
-        return max(1, int(Fraction(text[:-1]) * num_images / 100))
-    return int(text)
-
-
-def refuse_failures(failures: Sequence[Failure], max_failures: str, num_images: int) -> None:
-    """Raise UserError, naming the first few, if more images failed than `limit_failures` allows."""
-    limit = limit_failures(max_failures, num_images)
-    if len(failures) > limit:
-        raise UserError(
-            f"{len(failures)} of {num_images} images cannot be used, limit {limit} (--max-failures {max_failures}): "
-            f"{_name_failures(failures)}; mend them and run again with --force, or go on without them by a higher "
-            "--max-failures"
-        )
-
-
-def _name_failures(failures: Sequence[Failure]) -> str:
-    """The first few, with names quoted, so that a message stays one line whatever they are."""
-    return "; ".join(f"{f.source!r}: {f.reason} ({f.exception})" for f in failures[:_NUM_NAMED])
 
 
 def make_shards(
@@ -256,7 +226,7 @@ class _Run:
             if self.plan.source.entries(split) and not totals[split]:
                 lost = [failure for unit in written.values() if unit.shard.split == split for failure in unit.failures]
                 raise UserError(
-                    f"{split}: none of {len(lost)} images can be used, expected at least one; {_name_failures(lost)}; "
+                    f"{split}: none of {len(lost)} images can be used, expected at least one; {name_failures(lost)}; "
                     "mend them and run again with --force"
                 )
         if failures:

@@ -15,6 +15,7 @@ from pathlib import PurePath
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 from pipeline.shardset import CLS_DIGITS, ENDINGS, KEY_DIGITS, Shard, index_header
+from tools.failures import Failure
 from tools.imaging import BadImage, make_preparer
 from tools.plan import Options, Unit
 from tools.sources import Entry
@@ -26,14 +27,6 @@ if TYPE_CHECKING:
 TAR_HEADER_BYTES = 512
 TAR_MODE = 0o644
 BATCH_SIZE = 32  # images prepared at a time; also how often a worker finds out that nobody waits for it any more
-
-
-class Failure(NamedTuple):
-    """An image that could not be used."""
-
-    source: str
-    reason: str
-    exception: str
 
 
 class Tick(NamedTuple):
@@ -164,8 +157,3 @@ def _read(setup: Setup, entry: Entry) -> bytes | Failure:
 @functools.cache
 def _find_preparer(options: Options) -> "Preparer":
     return make_preparer(device=options.device, encoding=options.encoding, quality=options.quality)
-
-
-def encode_failures(failures: Sequence[Failure]) -> bytes:
-    """One JSON object a line."""
-    return "".join(json.dumps(failure._asdict()) + "\n" for failure in failures).encode("ascii")

@@ -228,7 +228,7 @@ def _connect() -> Any:
 
     # Listings are not remembered: other jobs write too. Nothing is tried again below `_ask`.
     config = {"retries": {"total_max_attempts": 1}, "connect_timeout": 10, "read_timeout": 60}
-    client = s3fs.S3FileSystem(use_listings_cache=False, config_kwargs=config)
+    client = s3fs.S3FileSystem(use_listings_cache=False, config_kwargs=config, skip_instance_cache=True)
     client.retries = 1
     return client
 

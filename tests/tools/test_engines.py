@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import UserError
+from tests.sharding import wait_until
 from tools.engines import count_cpus, run_units
 
 
@@ -46,13 +47,6 @@ def is_running(pid):
         return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
     except (FileNotFoundError, ProcessLookupError):
         return False
-
-
-def wait_until(condition, what, limit_s=30):
-    deadline_s = time.monotonic() + limit_s
-    while not condition():
-        assert time.monotonic() < deadline_s, f"{what}: not within {limit_s} s"
-        time.sleep(0.01)
 
 
 def run(function, units, **options):
@@ -138,6 +132,31 @@ def work_on(folder, report):
     while True:
         report("at work")
         time.sleep(0.01)
+
+
+def tell_about_threads_and_signals(unit, report):
+    import torch
+
+    return signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, []), torch.get_num_threads()
+
+
+@pytest.mark.parametrize("preload", [(), ("torch",)], ids=["torch imported later", "torch preloaded"])
+def test_workers_do_not_hear_ctrl_c_and_use_one_thread_each(tmp_path, preload):
+    program = (
+        "import sys\n"
+        f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "from tools.engines import run_units\n"
+        "from test_engines import tell_about_threads_and_signals as tell\n"
+        "if __name__ == '__main__':\n"
+        f"    run_units(tell, [1, 2], num_workers=2, on_result=print, on_progress=id, preload={preload!r})\n"
+    )
+    (tmp_path / "program.py").write_text(program)
+    variables = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
+    variables["PYTHONPATH"] = str(Path(__file__).parents[2])
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "program.py")], env=variables, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines() == ["(True, 1)"] * 2
 
 
 def test_cpus_are_those_that_may_be_used():

@@ -125,37 +125,37 @@ def test_the_limit_of_failures_holds_for_each_part_and_for_all_together(tree, tm
     assert ShardSet.open(out).manifest.totals == {"train": 8, "val": 4}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 4])
 def test_parts_in_processes_that_run_at_the_same_time_make_what_one_run_makes(synth_tree, shard_dir, tmp_path, count):
-    for round_number in range(2):
-        out = tmp_path / str(round_number)
-        command = [
-            str(PREP),
-            "shard",
-            str(synth_tree),
-            "--out",
-            str(out),
-            "--samples-per-shard",
-            "16",
-            "--workers",
-            "1",
-        ]
-        parts = [f"{number}/{count}" for number in range(1, count + 1)]
-        processes = [
-            subprocess.Popen(
-                [*command, "--part", part, "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-            )
-            for part in parts
-        ]
-        told = [process.communicate(timeout=120) for process in processes]
-        assert [process.returncode for process in processes] == [0] * count, told
-        summaries = [json.loads(stdout) for stdout, _ in told]
-        assert any(summary["is_complete"] for summary in summaries)
-        assert hash_output(out) == hash_output(shard_dir)
-        assert not list(out.glob(".*")) and not (out / "job.json").exists()
+    out = tmp_path / "out"
+    command = [
+        str(PREP),
+        "shard",
+        str(synth_tree),
+        "--out",
+        str(out),
+        "--samples-per-shard",
+        "16",
+        "--workers",
+        "1",
+    ]
+    parts = [f"{number}/{count}" for number in range(1, count + 1)]
+    processes = [
+        subprocess.Popen(
+            [*command, "--part", part, "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for part in parts
+    ]
+    told = [process.communicate(timeout=120) for process in processes]
+    assert [process.returncode for process in processes] == [0] * count, told
+    summaries = [json.loads(stdout) for stdout, _ in told]
+    assert any(summary["is_complete"] for summary in summaries)
+    assert hash_output(out) == hash_output(shard_dir)
+    assert not list(out.glob(".*")) and not (out / "job.json").exists()
 
 
-def test_the_same_part_twice_is_refused_and_other_parts_are_not(small_tree, tmp_path):
+def test_the_command_says_which_parts_are_missing(small_tree, tmp_path):
     out = tmp_path / "out"
     make_part(small_tree, out, 1, 2)
     words = prep("shard", small_tree, "--out", out, "--samples-per-shard", 2, "--part", "1/2").stdout

@@ -7,8 +7,7 @@ import pytest
 from pipeline.errors import UserError
 from pipeline.shardset import ShardSet, read_json
 from tests.sharding import BROKEN, hash_output, make, read_samples
-from tools.sharder import limit_failures, refuse_failures
-from tools.shardwriter import Failure
+from tools.failures import Failure, limit_failures, refuse_failures
 
 
 def test_a_broken_image_leaves_a_gap_and_changes_no_other_byte(tree, tmp_path):
