@@ -281,7 +281,8 @@ def start_threads(num_threads: int) -> ThreadPoolExecutor:
 
     def begin(_: int) -> None:
         barrier.wait()
-        torch.set_num_threads(1)  # of the calling thread, and the default of threads to come
+        torch.get_num_threads()  # a thread takes the default at its first look, even if its own was set before
+        torch.set_num_threads(1)  # of this thread, and the default of threads to come, which is set right below
 
     run_all(threads, begin, range(num_threads))
     torch.set_num_threads(num_torch_threads)

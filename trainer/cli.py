@@ -41,8 +41,27 @@ def _add_common_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
+def _add_feed_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Where images are decoded and kept: all None unless given, so that a resumed run keeps its own."""
+    decode = click.option("--decode", type=click.Choice(["auto", "host", "mixed", "hybrid"]), show_default="auto",
+                          help="Decode JPEGs on the host's cores, on the GPU (mixed) or on both (hybrid); auto: hybrid "
+                               "on a GPU.")  # fmt: skip
+    share = click.option("--host-share", type=click.FloatRange(0, 1), show_default="found by timing both",
+                         help="With hybrid: the share of each batch that the host decodes.")  # fmt: skip
+    load = click.option("--hw-decoder-load", type=click.FloatRange(0, 1), show_default="0.9",
+                        help="Of what the GPU decodes, the share of its JPEG engine.")  # fmt: skip
+    cache = click.option("--cache", type=click.Choice(["none", "raw"]), show_default="none",
+                         help="raw: decode once, then feed from memory, the GPU's if all fit there.")  # fmt: skip
+    prefetch = click.option("--prefetch", "prefetch_batches", type=click.IntRange(min=1), show_default="2",
+                            help="Batches decoded ahead.")  # fmt: skip
+    for option in (prefetch, cache, load, share, decode):
+        function = option(function)
+    return function
+
+
 @click.command(cls=console.Command, context_settings=_SETTINGS)
 @_add_common_options
+@_add_feed_options
 @click.option("--recipe", "recipe_name", type=click.Choice(list(RECIPES)), show_default="paper",
               help="Network, data and optimisation as one name.")  # fmt: skip
 @click.option("--epochs", type=click.IntRange(min=1), show_default="the recipe's", help="Epochs at the most.")
@@ -69,6 +88,11 @@ def _train(
     name: str | None,
     resume: str | None,
     settings: tuple[str, ...],
+    decode: str | None,
+    host_share: float | None,
+    hw_decoder_load: float | None,
+    cache: str | None,
+    prefetch_batches: int | None,
 ) -> int:
     """Train AlexNet on shards, as the 2012 paper did.
 
@@ -78,6 +102,7 @@ def _train(
     given = {"epochs": epochs, "global_batch_size": global_batch_size, "lr": lr}
     changes = [f"{field}={value}" for field, value in given.items() if value is not None] + list(settings)
     folder = None
+    feeding: dict[str, Any] = {}
     if resume:
         fixed = {"--recipe": recipe_name, "--seed": seed, "--lr": lr, "--global-batch-size": global_batch_size,
                  "--set": settings or None}  # fmt: skip
@@ -87,6 +112,7 @@ def _train(
         folder = _find_run(runs, resume, name or "paper")
         config = _read_config(folder)
         recipe, seed, shards = from_dict(config["recipe"]), config["seed"], shards or config["shards"]
+        feeding = config.get("feeding", {})
     else:
         recipe = RECIPES[recipe_name or "paper"]
     recipe = override(recipe, changes)
@@ -97,7 +123,13 @@ def _train(
     opened = ShardSet.open(shards or "shards", cache_dir=cache_dir, cache_gib=cache_gib)
     ColorStats.load(opened.root, opened.fingerprint)  # a fault in the data is told before any rank starts
     from trainer import distributed
-    from trainer.train import Job, run_rank
+    from trainer.train import Feeding, Job, run_rank
+
+    fed = {"decode": decode, "host_share": host_share, "hw_decoder_load": hw_decoder_load,
+           "prefetch_batches": prefetch_batches}  # fmt: skip
+    feeding |= {name: value for name, value in fed.items() if value is not None}
+    if cache is not None:
+        feeding["cache"] = None if cache == "none" else cache
 
     num_ranks, use_gpu = _choose_devices(num_gpus)
     _check_divisible(recipe, num_ranks)
@@ -112,6 +144,7 @@ def _train(
         num_threads=num_threads,
         cache_dir=cache_dir,
         cache_gib=cache_gib,
+        feeding=Feeding(**feeding),
     )
     if num_ranks > 1 and not distributed.under_launcher():
         return distributed.launch(run_rank, (job,), num_ranks)

@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from pipeline.colorstats import ColorStats
 from pipeline.console import note
 from pipeline.errors import UserError
+from pipeline.feeding import DecodeOption
 from pipeline.graph import stream_seed
 from pipeline.loader import TrainLoader
 from pipeline.shardset import ShardSet, write_json
@@ -46,6 +47,17 @@ LOG_STEPS = 20  # a record every so many steps, and at the end of each epoch
 
 
 @dataclass(frozen=True)
+class Feeding:
+    """Where images are decoded and kept: arguments of pipeline.TrainLoader. Samples and draws do not depend on it."""
+
+    decode: DecodeOption = "auto"
+    host_share: float | None = None
+    hw_decoder_load: float = 0.9
+    cache: Literal["raw"] | None = None
+    prefetch_batches: int = 2
+
+
+@dataclass(frozen=True)
 class Job:
     """One run as asked for. `resume`: the run folder to go on with, else a new one is made under `runs`.
 
@@ -62,6 +74,7 @@ class Job:
     num_threads: int | None = None
     cache_dir: str | None = None
     cache_gib: float | None = None
+    feeding: Feeding = Feeding()
 
 
 def run_rank(job: Job) -> int:
@@ -88,7 +101,13 @@ def train_step(
 
 
 def make_train_loader(
-    shards: ShardSet, colors: ColorStats, recipe: Recipe, ranks: Ranks, seed: int = 0, num_threads: int | None = None
+    shards: ShardSet,
+    colors: ColorStats,
+    recipe: Recipe,
+    ranks: Ranks,
+    seed: int = 0,
+    num_threads: int | None = None,
+    feeding: Feeding = Feeding(),
 ) -> TrainLoader:
     return TrainLoader(
         shards,
@@ -105,6 +124,11 @@ def make_train_loader(
         layout="NHWC",
         seed=seed,
         num_threads=num_threads,
+        decode=feeding.decode,
+        host_share=feeding.host_share,
+        hw_decoder_load=feeding.hw_decoder_load,
+        cache=feeding.cache,
+        prefetch_batches=feeding.prefetch_batches,
     )
 
 
@@ -164,7 +188,8 @@ class _Run:
         recipe, seed = replace(self.job.recipe, lighting=self.lighting), self.job.seed
         if recipe != self.job.recipe:  # another graph begins its streams anew: it must not repeat the first epochs
             seed = stream_seed(seed, "no lighting")
-        return make_train_loader(self.shards, self.colors, recipe, self.ranks, seed, self.job.num_threads)
+        job = self.job
+        return make_train_loader(self.shards, self.colors, recipe, self.ranks, seed, job.num_threads, job.feeding)
 
     def _open_folder(self) -> None:
         if not self.job.resume:
@@ -177,6 +202,7 @@ class _Run:
                 "num_classes": self.shards.num_classes,
                 "world_size": self.ranks.world_size,
                 "device": self.ranks.device.type,
+                "feeding": asdict(self.job.feeding),
             }
             write_config(self.folder, config)
         write_json(self.folder / ENVIRONMENT, environment())

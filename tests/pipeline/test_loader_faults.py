@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from pipeline.errors import UserError
+from pipeline.feeding import count_local_ranks, count_threads
 from pipeline.shardset import ShardSet
 from tests.pipeline.loading import NUM_TRAIN
 
@@ -31,6 +32,13 @@ DEADLINE_S = 60  # far beyond what an error takes
         ({"world_size": 0}, "rank 0 of 0"),
         ({"device": "tpu"}, "device 'tpu': expected 'cpu' or 'gpu'"),
         ({"mean": "none"}, "mean is 'none', expected one of image, channel"),
+        ({"decode": "fast"}, "decode 'fast': expected one of auto, host, mixed, hybrid"),
+        ({"cache": "jpeg"}, "cache 'jpeg': expected 'raw' or None"),
+        ({"decode": "hybrid", "host_share": 1.5}, "host_share 1.5: expected 0 to 1"),
+        ({"hw_decoder_load": -0.1}, "hw_decoder_load -0.1: expected 0 to 1"),
+        ({"decode": "host", "host_share": 0.5}, "host_share 0.5: of no use to the decoder 'host'; set decode 'hybrid'"),
+        ({"prefetch_batches": 0}, "prefetch_batches 0: expected 1 or more"),
+        ({"num_threads": 0}, "num_threads 0: expected 1 or more"),
     ],
     ids=lambda value: "" if isinstance(value, str) else str(value),
 )
@@ -52,6 +60,33 @@ def test_training_arguments_that_do_not_fit_are_refused(make_train, options, mes
 def test_evaluation_arguments_that_do_not_fit_are_refused(make_eval, options, message):
     with pytest.raises(UserError, match=message):
         make_eval(**options)
+
+
+def test_a_decoder_for_raw_shards_is_refused(make_train, make_eval, raw_shards):
+    for make in (make_train, make_eval):
+        with pytest.raises(UserError, match="raw shards need no decoder, got decode 'host'; leave it out"):
+            make(shards=raw_shards, decode="host")
+
+
+def test_a_shard_that_is_gone_when_an_epoch_begins_is_named(make_train, private_shards):
+    loader = make_train(shards=private_shards)
+    list(loader)
+    private_shards.tars("train")[2].unlink()
+    with pytest.raises(UserError, match=r"train-000002.tar: missing, expected \d+ bytes"):
+        list(loader)
+
+
+@pytest.mark.parametrize(
+    ("said", "world_size", "expected"), [("", 4, 4), ("2", 4, 2), ("8", 4, 4), ("x", 4, 4), ("0", 4, 4)]
+)
+def test_ranks_on_this_machine_are_what_the_launcher_says_or_all(monkeypatch, said, world_size, expected):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", said)
+    assert count_local_ranks(world_size) == expected
+
+
+def test_ranks_share_the_cores_and_each_has_one_at_least(monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(7)))
+    assert [count_threads(num_ranks) for num_ranks in (1, 2, 7, 8)] == [7, 3, 1, 1]
 
 
 def test_shards_without_validation_images_are_refused_for_evaluation(make_eval, shards):
