@@ -5,6 +5,7 @@ padding off, so that ranks take equal steps and nothing is counted twice. Left o
 (graph.py, assemble.py, finish.py).
 """
 
+import contextlib
 import math
 from collections.abc import Generator, Iterator
 from typing import Literal
@@ -17,7 +18,7 @@ from pipeline.colorstats import ColorStats
 from pipeline.errors import UserError
 from pipeline.feeding import DecodeOption, check_ranks, count_threads, make_feed
 from pipeline.finish import CENTRE_PX, CROP_SIZE_PX, FIVE_OFFSETS_PX, Transform, Views
-from pipeline.graph import DALIGenericIterator, Feed, eval_pipeline, finish_epoch, iterate
+from pipeline.graph import DALIGenericIterator, Feed, eval_pipeline, finish_epoch, iterate, take
 from pipeline.shardset import IMAGE_SIZE_PX, ShardSet
 from pipeline.stored import SampleTable
 
@@ -100,7 +101,7 @@ class EvalLoader:
         if self._running is not None:
             self._running.close()  # an earlier loop that was left, but is still held by somebody
         self._shards.wait(self._split)
-        self._running = _from_start(self._iterator)
+        self._running = _from_start(self._iterator, self._shards, self._split)
         for outputs in self._running:
             labels, num_views = outputs["labels"], len(self._views)
             views = self._views.repeat(len(labels), 1)  # all of the first image, then all of the second, ...
@@ -136,7 +137,7 @@ def read_pixels(
     shards.wait(split)
     on = "cuda" if device == "gpu" else "cpu"
     table = SampleTable(shards, split) if feed.decode == "stored" else None
-    for outputs in _from_start(_once(shards, feed, whole=True)):
+    for outputs in _from_start(_once(shards, feed, whole=True), shards, split):
         labels = outputs["labels"].to(on)
         if table is None:
             yield Batch(outputs["pixels"], labels)
@@ -152,10 +153,13 @@ def _once(shards: ShardSet, feed: Feed, *, whole: bool) -> DALIGenericIterator:
     return iterate(eval_pipeline(shards, feed, whole=whole), outputs, with_padding=False)
 
 
-def _from_start(iterator: DALIGenericIterator) -> Generator[dict[str, Tensor], None, None]:
+def _from_start(
+    iterator: DALIGenericIterator, shards: ShardSet, split: str
+) -> Generator[dict[str, Tensor], None, None]:
     try:
-        for outputs in iter(lambda: next(iterator, None), None):
-            yield outputs[0]
+        with contextlib.suppress(StopIteration):
+            while True:
+                yield take(iterator, shards, split)
     except GeneratorExit:  # a loop left early; after an error of DALI's there is nothing to read on to
         finish_epoch(iterator)
         raise

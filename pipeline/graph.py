@@ -9,6 +9,7 @@ the others. Left out: epochs, ranks, tensors and checkpoints (loader.py).
 
 import contextlib
 import hashlib
+import resource
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -159,6 +160,18 @@ def iterate(pipeline: Pipeline, outputs: list[str], *, with_padding: bool) -> DA
     )
 
 
+def take(iterator: DALIGenericIterator, shards: ShardSet, split: str) -> dict[str, Any]:
+    """The next batch's outputs by name. Raises StopIteration, or UserError that names the shard or what finds it."""
+    try:
+        return next(iterator)[0]
+    except RuntimeError as error:
+        shards.check(split)  # deleted or cut since the epoch began: says which
+        raise UserError(
+            f"{shards.root}: a {split} sample cannot be read or decoded; find it with `alexnet-prep verify --decode "
+            f"--shards {shards.root}`"
+        ) from error
+
+
 def finish_epoch(iterator: DALIGenericIterator) -> None:
     """Read on to the end of the epoch, the only place where DALI can begin the next one."""
     with contextlib.suppress(StopIteration):
@@ -189,6 +202,7 @@ def _read(shards: ShardSet, feed: Feed, **options: Any) -> tuple[DataNode, DataN
     Pixels that lie uncompressed are left in their tars: the reader would copy them, and its shuffle buffer hold them.
     """
     stored = feed.decode == "stored"
+    _allow_open_files(len(shards.tars(feed.split)))
     read = fn.readers.webdataset(
         name=READER,
         paths=[str(path) for path in shards.tars(feed.split)],
@@ -198,12 +212,23 @@ def _read(shards: ShardSet, feed: Feed, **options: Any) -> tuple[DataNode, DataN
         shard_id=feed.rank,
         num_shards=feed.world_size,
         pad_last_batch=True,  # every rank takes the same number of batches; the loader drops the padding
+        dont_use_mmap=True,  # a shard that is cut while mapped would kill the process; like this it is an error
         tensor_init_bytes=CLS_DIGITS if stored else _TYPICAL_SAMPLE_BYTES,
         **options,
     )
     encoded, digits = (read, read) if stored else read
     source = fn.get_property(encoded, key="source_info")  # "folder/train-000000.tar:512:000000042.jpg"
     return encoded, _number(digits, CLS_DIGITS), _number(source[-KEY_DIGITS - 4 : -4], KEY_DIGITS)
+
+
+def _allow_open_files(num_files: int) -> None:
+    """The reader holds every tar of its split open; ImageNet-21k has more of them than the usual limit of 1024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = soft + num_files
+    if hard != resource.RLIM_INFINITY:
+        wanted = min(wanted, hard)
+    if soft not in (resource.RLIM_INFINITY, wanted) and num_files > soft // 4:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _number(digits: DataNode, num_digits: int) -> DataNode:

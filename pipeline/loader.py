@@ -37,6 +37,7 @@ from pipeline.graph import (
     finish_epoch,
     iterate,
     stream_seed,
+    take,
     train_pipeline,
 )
 from pipeline.readahead import Gate, ShardOrder
@@ -110,7 +111,7 @@ class TrainLoader:
         self.draws: Draws | None = None
         self._step = 0
         self._num_steps = shards.num_samples("train") // global_batch_size
-        self._with_draws = with_draws
+        self._shards, self._with_draws = shards, with_draws
         transform = Transform(mean, lighting, crop, flip, unit_variance, dtype, layout)
         feed = make_feed(
             shards,
@@ -129,7 +130,6 @@ class TrainLoader:
             seed=seed,
         )
         if feed.decode == "hybrid" and host_share is None:
-            shards.wait("train")
             feed = replace(feed, host_share=find_host_share(shards, feed))
         self.feed = feed
         self._assemble: Assemble
@@ -177,7 +177,7 @@ class TrainLoader:
     def __iter__(self) -> Iterator[Batch]:
         while self._step < self._num_steps:
             self._gate.wait(self.epoch, self._step)
-            outputs = next(self._iterator)[0]
+            outputs = take(self._iterator, self._shards, "train")
             self._step += 1
             offset, flip, shift = outputs["offset"], outputs["flip"], outputs["shift"]
             if self._with_draws:
@@ -209,8 +209,10 @@ class TrainLoader:
                     f"the loader's state was saved with {name} {saved.get(name)}, this one has {here}; "
                     "resume with the same settings, or start a new run"
                 )
+        epoch, step = int(state["epoch"]), int(state["step"])
+        self._gate.wait(epoch, step)  # DALI reads its shuffle buffer again at once
         self._iterator = self._start(bytes.fromhex(state["dali"]))
-        self.epoch, self._step = int(state["epoch"]), int(state["step"])
+        self.epoch, self._step = epoch, step
 
     def _checkpoint(self) -> bytes:
         checkpoint = self._iterator.checkpoints()[0]

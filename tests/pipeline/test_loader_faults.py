@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from pipeline import graph
 from pipeline.errors import UserError
 from pipeline.feeding import count_local_ranks, count_threads
 from pipeline.shardset import ShardSet
@@ -167,3 +168,43 @@ def test_a_shard_damaged_under_the_reader_ends_the_process_with_a_failure(privat
     assert "opened" in done.stdout and "read to the end" not in done.stdout
     assert done.returncode != 0
     assert "RuntimeError: Critical error in pipeline" in done.stderr or done.returncode in CRASHES
+
+
+CUT_PROGRAM = """
+import os, sys
+from pipeline import graph
+from pipeline.colorstats import ColorStats
+from pipeline.loader import TrainLoader
+from pipeline.shardset import ShardSet
+graph.MAX_BUFFERED_SAMPLES = 1  # or the few samples of a test are all read before the first batch
+shards = ShardSet.open(sys.argv[1])
+colors = ColorStats.load(shards.root, shards.fingerprint)
+batches = iter(TrainLoader(shards, colors, global_batch_size=4, num_threads=1, prefetch_batches=1))
+next(batches)
+for path in shards.tars("train"):
+    os.truncate(path, 512)
+for _ in batches: pass
+print("read to the end", flush=True)
+"""
+
+
+def test_a_shard_that_is_cut_in_the_middle_of_an_epoch_is_named(private_shards):
+    done = subprocess.run(
+        [sys.executable, "-c", CUT_PROGRAM, str(private_shards.root)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=DEADLINE_S,
+    )
+    assert done.returncode != 0 and "read to the end" not in done.stdout
+    assert "train-000000.tar: 512 bytes, expected" in done.stderr
+
+
+def test_many_shards_raise_the_limit_of_open_files(monkeypatch):
+    limits = []
+    monkeypatch.setattr("resource.getrlimit", lambda _: (1024, 4096))
+    monkeypatch.setattr("resource.setrlimit", lambda _, wanted: limits.append(wanted))
+    for num_files in (10, 2000, 9000):
+        graph._allow_open_files(num_files)
+    assert limits == [(3024, 4096), (4096, 4096)]

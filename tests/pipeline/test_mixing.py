@@ -96,7 +96,7 @@ def test_a_buffer_of_a_fifth_of_an_epoch_still_mixes_several_shards_and_reorders
     assert all(count_classes(epoch) > 4 for epoch in epochs)  # 64 samples are 4 shards; without a buffer it would be 1
     assert all(sorted(epoch) == list(range(NUM_SAMPLES)) for epoch in epochs)
     # Shards come in a new order each epoch: 20 of them, so that a fair order's correlation has a spread of 0.23.
-    assert abs(rank_correlation(epochs[0], epochs[1])) < 0.8
+    assert abs(rank_correlation(epochs[0], epochs[1])) < 0.6  # 0.75 if they kept their order
     firsts = [tuple(dict.fromkeys(position // SAMPLES_PER_SHARD for position in epoch)) for epoch in epochs]
     assert len(set(firsts)) == 3
 

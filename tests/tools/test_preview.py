@@ -5,6 +5,7 @@ import shutil
 import tarfile
 from pathlib import Path
 
+import matplotlib as mpl
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
@@ -202,9 +203,10 @@ def test_nothing_lies_outside_the_page_or_over_another_thing(shards, colors, num
 
 
 def test_the_same_samples_give_the_same_bytes_at_150_dots_per_inch(samples, colors, tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("matplotlib").rcParams, "font.size", 40.0)  # somebody's own style
-    for name in ("a.png", "below/b.png"):
-        write_sheet(samples, colors, tmp_path / name)
+    write_sheet(samples, colors, tmp_path / "a.png")
+    monkeypatch.setitem(mpl.rcParams, "axes.facecolor", "red")  # somebody's own style
+    monkeypatch.setitem(mpl.rcParams, "axes.labelsize", 30.0)
+    write_sheet(samples, colors, tmp_path / "below/b.png")
     data = (tmp_path / "a.png").read_bytes()
     assert data == (tmp_path / "below/b.png").read_bytes()
     with Image.open(io.BytesIO(data)) as image:
