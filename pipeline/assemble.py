@@ -4,6 +4,7 @@ The decision that shaped it: a batch is a list of views (which image, offset, fl
 pixels; every combination of decoder, cache and device is one of the two classes below. Left out: epochs (loader.py).
 """
 
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -126,8 +127,29 @@ class Stored:
         (images,) = self._decoder.run()
         on_host = memory.pixels.device.type == "cpu"
         memory.put(missing, list(torch.from_dlpack(images.as_tensor())), self._threads if on_host else None)
+        if self._feed.device == "gpu":  # DALI takes its memory back below, whether the copies are done or not
+            torch.cuda.current_stream(self._device).synchronize()
         if memory.num_missing == 0:
             self._decoder = None  # its threads and buffers are not needed again
+
+
+class InFlight:
+    """What a GPU may still be reading. DALI uses a batch's memory again as soon as nobody holds it, which is when the
+    copies and kernels that read it are queued, not when they are done."""
+
+    def __init__(self, feed: Feed) -> None:
+        self._on_gpu = feed.device == "gpu"
+        self._held: deque[tuple[torch.cuda.Event, object]] = deque()
+
+    def hold(self, outputs: object) -> None:
+        """Keep `outputs` until all that was queued so far on the current stream is done."""
+        if not self._on_gpu:
+            return
+        done = torch.cuda.Event()
+        done.record()
+        self._held.append((done, outputs))
+        while self._held and self._held[0][0].query():
+            self._held.popleft()
 
 
 class _Stage:

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pipeline.assemble import Assemble, Batch, Decoded, Stored
+from pipeline.assemble import Assemble, Batch, Decoded, InFlight, Stored
 from pipeline.colorstats import ColorStats
 from pipeline.errors import UserError
 from pipeline.feeding import DecodeOption, check_ranks, count_threads, make_feed
@@ -80,6 +80,7 @@ class EvalLoader:
             views = [(y, x, flip) for flip in (0, 1) for y, x in FIVE_OFFSETS_PX]
         self._views = torch.tensor(views)
         self._empty_on = "cuda" if device == "gpu" else "cpu"
+        self._in_flight = InFlight(feed)
         self._iterator: DALIGenericIterator | None = None
         self._running: Generator[dict[str, Tensor], None, None] | None = None
         if rank < num_parts:
@@ -106,7 +107,9 @@ class EvalLoader:
             labels, num_views = outputs["labels"], len(self._views)
             views = self._views.repeat(len(labels), 1)  # all of the first image, then all of the second, ...
             source = torch.arange(len(labels)).repeat_interleave(num_views)
-            yield self._shape(self._assemble(outputs, Views(source, views[:, :2], views[:, 2])), labels)
+            batch = self._shape(self._assemble(outputs, Views(source, views[:, :2], views[:, 2])), labels)
+            self._in_flight.hold(outputs)
+            yield batch
 
     def _shape(self, images: Tensor, labels: Tensor) -> Batch:
         if len(self._views) > 1:

@@ -1,6 +1,7 @@
 """What the loaders' options mean on this machine: ranks, threads, devices, decoders. Checked before anything is built.
 
-The decision that shaped it: an option that cannot be had here is refused, never replaced by another. Left out: what the
+The decision that shaped it: an option that cannot be had here is refused, never replaced by another; but on device
+"cpu" the cores stand in for the GPU as a decoder, so that every graph can be tested anywhere. Left out: what the
 options do (graph.py, stored.py).
 """
 

@@ -16,7 +16,7 @@ import torch
 from nvidia.dali.plugin.pytorch import DALIGenericIterator
 from torch import Tensor
 
-from pipeline.assemble import Assemble, Batch, Decoded, Stored
+from pipeline.assemble import Assemble, Batch, Decoded, InFlight, Stored
 from pipeline.balance import find_host_share
 from pipeline.colorstats import ColorStats
 from pipeline.errors import UserError
@@ -68,8 +68,8 @@ class TrainLoader:
     random draws in `loader.draws`.
 
     `decode`, of JPEG shards: "host" (the cores), "mixed" (the GPU), "hybrid" (both, `host_share` of each batch on the
-    cores; None: found by timing both), "auto" (hybrid on a GPU). `hw_decoder_load`: of what the GPU decodes, the share
-    of its JPEG engine. `cache` "raw": decode once, then feed from memory, the GPU's if the images fit there.
+    cores; None: found by timing both), "auto" (hybrid on a GPU, else host). `hw_decoder_load`: of what the GPU decodes,
+    the share of its JPEG engine. `cache` "raw": decode once, then feed from memory, the GPU's if the images fit there.
     `num_local_ranks`: ranks that share this machine's cores and memory (default: LOCAL_WORLD_SIZE, or all).
     `num_threads`: of each rank (default: its share of the cores). `prefetch_batches`: decoded ahead. None of these
     changes the samples or the draws. Raises UserError for values that do not fit.
@@ -159,6 +159,7 @@ class TrainLoader:
             "decoder": feed.decode,
             "transform": asdict(transform),
         }
+        self._in_flight = InFlight(feed)
         self._source = torch.arange(self.local_batch_size)
         outputs = DRAWN if feed.decode == "stored" else ["pixels", *DRAWN]
         self._start = lambda checkpoint=None: iterate(
@@ -183,7 +184,9 @@ class TrainLoader:
             if self._with_draws:
                 self.draws = Draws(offset, flip, shift, [f"{key:0{KEY_DIGITS}d}" for key in outputs["keys"].tolist()])
             images = self._assemble(outputs, Views(self._source, offset, flip, shift))
-            yield Batch(images, outputs["labels"].to(images.device, non_blocking=True))
+            labels = outputs["labels"].to(images.device, non_blocking=True)
+            self._in_flight.hold(outputs)
+            yield Batch(images, labels)
         self._finish_epoch()
 
     def _finish_epoch(self) -> None:

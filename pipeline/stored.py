@@ -151,7 +151,7 @@ class MemoryPixels:
         """Keep images uint8 (256, 256, 3). `threads` share the work in host memory."""
 
         def copy(i: int) -> None:
-            self.pixels[positions[i]].copy_(images[i], non_blocking=True)
+            self.pixels[positions[i]].copy_(images[i], non_blocking=self.pixels.is_cuda)
 
         if threads is None:
             for i in range(len(positions)):

@@ -97,6 +97,9 @@ def run_units_on_ray(
                     for following in remaining:
                         hand_out(following)
                         break
+        except SystemError as error:
+            # What a handler of a signal raises while Ray's compiled code runs comes out as the cause of this.
+            raise error.__cause__ or error from None
         finally:
             for reference in at_work:
                 ray.cancel(reference, force=True)

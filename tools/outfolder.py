@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
 
@@ -19,7 +20,6 @@ from pipeline.machine import is_running, machine_id
 from pipeline.shardset import MANIFEST, SCHEMA, Manifest, Shard, ShardSet
 from tools.failures import Failure
 from tools.lock import Part, is_lock
-from tools.shardwriter import Written
 from tools.store import FolderStore, Item, Store
 
 JOB_FILE = "job.json"
@@ -33,10 +33,19 @@ _NUM_NAMED = 3
 _NUM_READERS = 8  # records read at a time: a bucket answers slowly, but many at once
 
 
+@dataclass(frozen=True)
+class Written:
+    """A complete unit."""
+
+    shard: Shard
+    failures: tuple[Failure, ...]
+    num_repaired: int
+
+
 def find_complete(store: Store, items: Mapping[str, Item], job: str) -> Manifest | None:
     """The manifest of the finished output of `job`, if `store` holds that. Raises UserError if it does, and a tar is
     not as it should be (in a folder: or an index)."""
-    if MANIFEST not in items or _job_in(store, MANIFEST) != job:
+    if MANIFEST not in items or find_job(store, MANIFEST) != job:
         return None
     if isinstance(store, FolderStore):
         return ShardSet.open(store.root).manifest
@@ -59,7 +68,7 @@ def check_ours(store: Store, items: Mapping[str, Item], job: str, *, force: bool
         return
     records = (name for name in names if _SHARD_FILE.fullmatch(name) and name.endswith(".json"))
     marks = (name for name in (MANIFEST, JOB_FILE, *records) if name in items)
-    owner = next((found for name in marks if (found := _job_in(store, name))), None)
+    owner = next((found for name in marks if (found := find_job(store, name))), None)
     if owner is None:
         shown = ", ".join(repr(name) for name in names[:_NUM_NAMED])
         raise UserError(
@@ -163,7 +172,7 @@ def _record_of(file: str) -> str:
     return PurePath(file).with_suffix(".json").name
 
 
-def _job_in(store: Store, name: str) -> str | None:
+def find_job(store: Store, name: str) -> str | None:
     """The job that a manifest, mark or record names; None if there is no such file or it names none."""
     try:
         raw = json.loads(store.read(name))

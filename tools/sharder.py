@@ -25,6 +25,7 @@ from tools.imaging import Device, Encoding
 from tools.lock import Lock, Part, refuse_held
 from tools.outfolder import (
     FAILURES_FILE,
+    Written,
     check_ours,
     claim,
     claim_part,
@@ -37,7 +38,7 @@ from tools.outfolder import (
     remove_temporaries,
 )
 from tools.plan import RAW_QUALITY, Options, Plan
-from tools.shardwriter import Setup, Tick, Written, write_unit
+from tools.shardwriter import Setup, Tick, write_unit
 from tools.sources import Source
 from tools.store import Store, open_store
 

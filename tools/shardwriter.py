@@ -14,9 +14,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import PurePath
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
+from pipeline.errors import UserError
 from pipeline.shardset import CLS_DIGITS, ENDINGS, KEY_DIGITS, Shard, index_header
 from tools.failures import Failure
 from tools.imaging import BadImage, make_preparer
+from tools.outfolder import JOB_FILE, Written, find_job
 from tools.plan import Options, Unit
 from tools.sources import Entry
 from tools.store import Store
@@ -44,15 +46,6 @@ class Setup:
     job: str
     options: Options
     read: Callable[[Entry], bytes]
-
-
-@dataclass(frozen=True)
-class Written:
-    """A complete unit."""
-
-    shard: Shard
-    failures: tuple[Failure, ...]
-    num_repaired: int
 
 
 @dataclass
@@ -88,6 +81,7 @@ def write_unit(setup: Setup, unit: Unit, report: Callable[[Tick], None]) -> Writ
         with store.create(unit.file) as file:
             hashed = _HashingFile(file)
             content = _write_samples(setup, unit, hashed, report)
+            _check_wanted(setup, unit)
         index = "\n".join([index_header(len(content.rows)), *content.rows, ""]).encode("ascii")
         store.write(name.with_suffix(".idx").name, index)
         shard = Shard(unit.file, unit.split, len(content.rows), hashed.num_bytes, hashed.digest.hexdigest())
@@ -106,6 +100,16 @@ def write_unit(setup: Setup, unit: Unit, report: Callable[[Tick], None]) -> Writ
             raise
         raise OSError(error.errno, error.strerror, store.locate(unit.file)) from error
     return Written(shard, tuple(content.failures), len(content.repaired))
+
+
+def _check_wanted(setup: Setup, unit: Unit) -> None:
+    """Raise UserError if the store is another job's by now: on a cluster a task may outlive the job it belonged to."""
+    owner = find_job(setup.store, JOB_FILE)
+    if owner not in (None, setup.job):
+        raise UserError(
+            f"{setup.store}: belongs to another job by now ({owner[:12]}, this one is {setup.job[:12]}), so {unit} is "
+            "not written; choose another --out for one of them"
+        )
 
 
 def _write_samples(setup: Setup, unit: Unit, file: _HashingFile, report: Callable[[Tick], None]) -> _Content:

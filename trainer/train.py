@@ -232,6 +232,7 @@ class _Run:
     def _train_epoch(self, stop: StopRequest, display: TrainDisplay | None) -> int:
         if self._lighting(self.epoch) != self.lighting:
             self.lighting = self._lighting(self.epoch)
+            del self.loader  # with its cache, if it has one: the next one asks for as much memory
             self.loader = self._make_loader()
         self.net.train()
         num_steps, batches = len(self.loader), iter(self.loader)

@@ -4,8 +4,9 @@ import itertools
 from dataclasses import replace
 
 import pytest
+import torch
 
-from pipeline import balance
+from pipeline import balance, graph
 from pipeline.balance import find_host_share
 from pipeline.feeding import make_feed
 from pipeline.graph import Feed
@@ -46,6 +47,25 @@ def test_the_share_found_on_this_machine_is_a_share(shards, feed):
 def test_the_host_decodes_a_whole_number_of_each_batch(feed):
     assert [replace(feed, host_share=k / 16).num_on_host for k in range(17)] == [round(8 * k / 16) for k in range(17)]
     assert [replace(feed, decode=decode).num_on_host for decode in ("host", "mixed", "stored")] == [8, 0, 0]
+
+
+@pytest.mark.parametrize(("share", "num_on_host"), [(0.0, 0), (0.3, 2), (0.5, 4), (1.0, 8)])
+def test_the_first_of_every_batch_are_decoded_on_the_host_and_the_others_on_the_gpu(
+    make_train, monkeypatch, share, num_on_host
+):
+    """What the GPU decodes is marked by being inverted."""
+    decode = graph._decode_on
+
+    def decode_and_mark(encoded, feed, position, on_gpu):
+        pixels = decode(encoded, feed, position, on_gpu)
+        return graph.fn.cast_like(255 - pixels, pixels) if on_gpu else pixels
+
+    options = {"dtype": "uint8", "global_batch_size": 8}
+    plain = [batch.images for batch in make_train(**options)]
+    monkeypatch.setattr(graph, "_decode_on", decode_and_mark)
+    for images, batch in zip(plain, make_train(decode="hybrid", host_share=share, **options), strict=True):
+        assert torch.equal(batch.images[:num_on_host], images[:num_on_host])
+        assert torch.equal(batch.images[num_on_host:], 255 - images[num_on_host:])
 
 
 def test_timing_reads_the_same_number_of_batches_from_both(shards, feed, monkeypatch):

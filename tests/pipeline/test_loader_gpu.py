@@ -1,24 +1,74 @@
-"""On a GPU: the CPU's samples and draws, and nearly its pixels."""
+"""On a GPU: the CPU's samples and draws, and nearly its pixels, from every decoder. benchmarks/gpu.py times them."""
+
+import itertools
 
 import pytest
 import torch
 
 GPU_TOLERANCE_GREY = 1.5  # mean absolute difference between the decoders of CPU and GPU
+EXACT_GREY = 1e-3  # where the CPU decodes
+WAYS = {
+    "mixed": ({"decode": "mixed"}, GPU_TOLERANCE_GREY),
+    "host": ({"decode": "host"}, EXACT_GREY),
+    "hybrid": ({"decode": "hybrid", "host_share": 0.5}, GPU_TOLERANCE_GREY),
+    "auto": ({}, GPU_TOLERANCE_GREY),
+    "cache": ({"cache": "raw"}, GPU_TOLERANCE_GREY),
+    "raw": ({"raw": True}, EXACT_GREY),
+    "raw, cache": ({"raw": True, "cache": "raw"}, EXACT_GREY),
+}
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU is visible"),
+]
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU is visible")
+def assert_alike(one, other, tolerance_grey) -> None:
+    assert other.images.is_cuda and other.labels.is_cuda and one.images.shape == other.images.shape
+    assert torch.equal(one.labels, other.labels.cpu())
+    assert (one.images - other.images.cpu()).abs().mean() < tolerance_grey
+
+
 @pytest.mark.parametrize("mean", ["image", "channel"])
-def test_the_gpu_gives_the_cpus_samples_draws_and_nearly_its_pixels(make_train, make_eval, mean):
-    on_cpu, on_gpu = make_train(mean=mean), make_train(mean=mean, device="gpu")
-    for one, other in zip(on_cpu, on_gpu, strict=True):
-        assert other.images.is_cuda and other.labels.is_cuda
-        assert on_cpu.draws.keys == on_gpu.draws.keys
-        assert all(torch.equal(a, b) for a, b in zip(on_cpu.draws[:3], on_gpu.draws[:3], strict=True))
-        assert torch.equal(one.labels, other.labels.cpu())
-        assert (one.images - other.images.cpu()).abs().mean() < GPU_TOLERANCE_GREY
-    for crops in ("centre", "ten"):
-        pairs = zip(make_eval(mean=mean, crops=crops), make_eval(mean=mean, crops=crops, device="gpu"), strict=True)
-        for one, other in pairs:
-            assert torch.equal(one.labels, other.labels.cpu())
-            assert (one.images - other.images.cpu()).abs().mean() < GPU_TOLERANCE_GREY
+@pytest.mark.parametrize("way", WAYS)
+def test_training_on_the_gpu_gives_the_cpus_samples_draws_and_nearly_its_pixels(make_train, raw_shards, way, mean):
+    options, tolerance_grey = WAYS[way]
+    options = dict(options)
+    if options.pop("raw", False):
+        options["shards"] = raw_shards
+    on_cpu, on_gpu = make_train(mean=mean), make_train(mean=mean, device="gpu", **options)
+    for _ in range(2):
+        for one, other in zip(on_cpu, on_gpu, strict=True):
+            assert on_cpu.draws.keys == on_gpu.draws.keys
+            assert all(torch.equal(a, b) for a, b in zip(on_cpu.draws[:3], on_gpu.draws[:3], strict=True))
+            assert_alike(one, other, tolerance_grey)
+
+
+@pytest.mark.parametrize("crops", ["centre", "ten"])
+@pytest.mark.parametrize("decode", ["auto", "host", "hybrid", "raw"])
+def test_evaluation_on_the_gpu_gives_the_cpus_images_nearly(make_eval, raw_shards, decode, crops):
+    options = {"shards": raw_shards} if decode == "raw" else {"decode": decode}
+    for one, other in zip(make_eval(crops=crops), make_eval(crops=crops, device="gpu", **options), strict=True):
+        assert_alike(one, other, EXACT_GREY if decode in ("raw", "host") else GPU_TOLERANCE_GREY)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_restored_loader_gives_the_same_samples_and_draws(make_train, raw_shards, way):
+    options = dict(WAYS[way][0])
+    if options.pop("raw", False):
+        options["shards"] = raw_shards
+    loader, restored = (make_train(device="gpu", **options) for _ in range(2))
+    for _ in itertools.islice(loader, 3):
+        pass
+    restored.load_state_dict(loader.state_dict())
+    for one, other in zip(loader, restored, strict=True):
+        assert loader.draws.keys == restored.draws.keys and torch.equal(one.labels, other.labels)
+        assert all(torch.equal(a, b) for a, b in zip(loader.draws[:3], restored.draws[:3], strict=True))
+
+
+def test_a_batch_that_is_kept_keeps_its_values_on_the_gpu(make_train):
+    kept, copies = [], []
+    for batch in make_train(device="gpu"):
+        kept.append(batch)
+        copies.append(batch.images.clone())
+    torch.cuda.synchronize()
+    assert all(torch.equal(batch.images, copy) for batch, copy in zip(kept, copies, strict=True))

@@ -47,9 +47,15 @@ def test_only_the_rows_asked_for_are_read(raw_shards, samples):
     assert np.array_equal(got[20:50], pixels[20:50]) and not got[:20].any() and not got[50:].any()
 
 
-def test_a_key_that_no_index_has_is_named(raw_shards):
+def test_a_key_that_no_index_has_is_named(private_raw):
     with pytest.raises(UserError, match="sample 987654321 is in no index"):
-        SampleTable(raw_shards, "train").find(np.array([0, 987654321]))
+        SampleTable(private_raw, "train").find(np.array([0, 987654321]))
+    path = private_raw.indices("train")[0]
+    header, row, *others = path.read_text().splitlines()
+    path.write_text("\n".join([header, *others]))
+    key = int(row.split()[3][:9])
+    with pytest.raises(UserError, match=f"sample {key:09d} is in no index"):
+        SampleTable(private_raw, "train").find(np.array([key]))
 
 
 @pytest.mark.parametrize(

@@ -242,6 +242,34 @@ def test_the_command_starts_a_ray_of_its_own_says_nothing_of_it_and_leaves_nothi
     assert hash_output(out) == hash_output(shard_dir) and list(home.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("number", "status", "words"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+)
+def test_an_interrupted_run_on_ray_says_so_in_a_word_and_leaves_nothing_running(
+    synth_tree, tmp_path, number, status, words
+):
+    out = tmp_path / "out"
+    command = [str(PREP), "shard", str(synth_tree), "--out", str(out), "--samples-per-shard", "8", "--engine", "ray"]
+    with subprocess.Popen(
+        [*command, "--workers", "2"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a suite in the background would ignore it
+    ) as process:
+        wait_until(lambda: list(out.glob("*-*.json")) or process.poll() is not None, "the first record", 120)
+        if number == signal.SIGINT:
+            os.killpg(process.pid, number)  # as a terminal does
+        else:
+            process.send_signal(number)
+        stdout, stderr = process.communicate(timeout=60)
+    said = [line for line in stderr.splitlines() if line and not line.startswith("shard: ")]
+    assert (process.returncode, stdout, said) == (status, "", [words])
+    wait_until_gone(process.pid)
+    assert not list(out.glob(".*")) and not (out / "manifest.json").exists()
+
+
 def test_ray_is_told_not_to_report_to_its_makers():
     program = (
         "import contextlib\n"

@@ -69,7 +69,8 @@ def write_lock(store: FolderStore, *, age_s: float = 0.0, **changes) -> str:
 
 
 @pytest.mark.parametrize("job", ["job", "another job"])
-def test_a_second_job_is_refused_and_told_who_is_there(store, job):
+def test_a_second_job_is_refused_and_told_who_is_there(store, job, monkeypatch):
+    monkeypatch.setattr(locking, "POLL_S", "at once")  # no number: it must not sleep
     with start_holder(store, "job") as holder:
         for refuse in (lambda: Lock(store, job, None).__enter__(), lambda: refuse_held(store, store.list(), job, None)):
             with pytest.raises(UserError) as caught:

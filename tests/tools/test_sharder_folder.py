@@ -130,3 +130,17 @@ def test_a_unit_that_cannot_be_written_leaves_no_file(small_tree, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         write_unit(Setup(FolderStore(tmp_path), plan.job, plan.options, plan.source.read), unit, interrupt)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_worker_that_outlived_its_job_does_not_write_into_the_folder_of_another(small_tree, tmp_path):
+    plan = Plan(open_source(small_tree), Options(samples_per_shard=4))
+    setup = Setup(FolderStore(tmp_path), plan.job, plan.options, plan.source.read)
+    unit = next(plan.units(plan.shards))
+    (tmp_path / "job.json").write_text(json.dumps({"schema": 1, "job": "another job"}))
+    with pytest.raises(
+        UserError, match=r"belongs to another job by now \(another job, .*train-000000.tar is not written"
+    ):
+        write_unit(setup, unit, id)
+    assert [path.name for path in tmp_path.iterdir()] == ["job.json"]
+    (tmp_path / "job.json").write_text(json.dumps({"schema": 1, "job": plan.job}))
+    assert write_unit(setup, unit, id).shard.samples == 4

@@ -197,6 +197,59 @@ def test_every_problem_is_reported_and_not_only_the_first(folder):
     assert named == shards | {"failures.jsonl", "color.json", "val-000009.tar", ".val-000000.tar.tmp12"}
 
 
+def drop_shard(manifest: dict) -> None:
+    (gone,) = [shard for shard in manifest["shards"] if shard["file"] == "train-000002.tar"]
+    manifest["shards"].remove(gone)
+    manifest["totals"]["train"] -= gone["samples"]
+
+
+CHANGES = {
+    "job": (lambda m: m.update(job="0" * 64), f"job '{'0' * 64}'"),
+    "layout": (lambda m: m.update(layout="golder"), "layout 'golder'"),
+    "encoding": (lambda m: m.update(encoding="jpfg"), "encoding 'jpfg'"),
+    "size": (lambda m: m.update(size_px=255), "size_px 255"),
+    "type": (lambda m: m.update(seed="0"), "a name or value that no manifest has"),
+    "schema": (lambda m: m.update(schema=2), "schema is 2, expected 1"),
+    "wnid": (lambda m: m["classes"][0].update(wnid="bat"), "class 0 is 'bat'"),
+    "order of wnids": (lambda m: m["classes"][0].update(wnid="zebra"), "wnids that are not in sorted order"),
+    "a shard less": (drop_shard, "1 shards not listed, a later one is: train-000002.tar"),
+    "a shard of the job": (drop_shard, "does not list train-000002.tar, which is of its job"),
+    "quality": (lambda m: m.update(quality=91), "sources, labels and options give job "),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_change_of_the_manifest_is_found_and_the_manifest_named(folder, name):
+    change_it, words = CHANGES[name]
+    manifest = read_json(folder / "manifest.json")
+    change_it(manifest)
+    write_json(folder / "manifest.json", manifest)
+    assert find(check(folder), "manifest.json", words)
+
+
+@pytest.mark.parametrize("samples_per_shard", [3, 5])
+def test_shards_of_another_size_than_the_manifest_says_are_found(folder, samples_per_shard):
+    change(folder / "manifest.json", "samples_per_shard", samples_per_shard)
+    problems = [problem for problem in check(folder).problems if problem.expected == f"{samples_per_shard} together"]
+    full = ["train-000000.tar", TAR, "train-000002.tar", *(["val-000000.tar"] if samples_per_shard == 3 else [])]
+    assert [problem.file for problem in problems] == full and {problem.mend for problem in problems} == {"manifest"}
+
+
+def test_images_that_failed_have_their_place_among_the_jobs_sources(tree, tmp_path):
+    copy = shutil.copytree(tree, tmp_path / "tree")
+    for name in ("dog/dog_train_0", "cat/cat_train_3", "cat/cat_train_6", "dog/dog_train_5"):
+        (copy / f"train/{name}.png").write_bytes(BROKEN)
+    for name in ("dog/dog_val_1", "cat/cat_val_0"):
+        (copy / f"val/{name}.png").write_bytes(BROKEN)
+    shard(copy, tmp_path / "out", seed=1)
+    report = check(tmp_path / "out")
+    assert (report.problems, report.remarks) == ((), ())
+    record = tmp_path / "out/train-000000.json"
+    record.write_text(record.read_text().replace("_train_4.png", "_train_4.pnh"))
+    report = check(tmp_path / "out")
+    assert [problem.mend for problem in report.problems] == ["job"]
+
+
 def test_files_that_are_not_ours_are_a_remark_and_no_problem(folder):
     (folder / "notes\n.txt").write_text("mine")
     report = check(folder)
@@ -212,7 +265,7 @@ def test_many_problems_of_a_kind_are_counted_and_some_are_shown(synth_tree, tmp_
     assert len(report.problems) == 21 and report.problems[-1].what == "and 44 more: bad labels"
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_flipped_byte_is_found(finished, folder, data):
     """In tars, indices and the failure list: any. In JSON: any that changes what the file says, but for what is told to

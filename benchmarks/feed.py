@@ -1,0 +1,395 @@
+"""How fast do batches come? Ours, peers and physical limits, alternated in one run on the same cores.
+
+    python benchmarks/feed.py SOURCE --python PEERS/bin/python --json feed.json
+
+SOURCE holds images at any depth (default: a synthetic set). They are prepared by `tools.sharder` as 256x256 JPEGs of
+quality 90, and every contestant is fed the same encoded bytes, converted to its own format beforehand. Output, but for
+the rows marked uint8 and the limits: float32 NCHW batches of 128, random 224x224 crop, flip, PCA lighting, mean
+subtracted. Before the clock runs, a batch of each is compared with the stored pixels: for every image the label says
+which one it is, and its offset, flip and colour shift are found again. The decision that shaped it: a steady state is
+timed (endless streams, the batches that lay ready thrown away). Left out: GPUs (gpu.py).
+"""
+
+import argparse
+import io
+import json
+import os
+import shutil
+import sys
+import tarfile
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from common import (
+    Child,
+    Entry,
+    Failed,
+    Row,
+    alternate,
+    choose,
+    choose_cpus,
+    closing_all,
+    compare,
+    describe_machine,
+    report,
+    start_child,
+)
+from numpy.typing import NDArray
+from PIL import Image
+from prepare import lay_out, list_photographs, make_synthetic, say
+
+HERE = Path(__file__).resolve().parent
+SCRIPT = HERE / "peers_feed.py"
+SIZE_PX, CROP_PX, BATCH = 256, 224, 128
+SAMPLES_PER_SHARD = 128
+COPIES = 64  # of the set in the list of shards (links): so that an epoch's end comes as seldom as ImageNet's
+LARGEST_ERROR = 4.0  # grey levels, mean over an image: another chroma filter is 1 to 3, a neighbouring crop 10 and more
+LOOK_AT_EVERY = 4  # of a batch's images
+ENTRIES = (
+    Entry("ours", "ours", "`pipeline.TrainLoader`, JPEG shards, channel mean"),
+    Entry("ours-mean-image", "ours", "the same, mean image"),
+    Entry("dali", "peer", "plain DALI CPU graph: image_crop, crop_mirror_normalize"),
+    Entry("ffcv", "peer", "FFCV, jpg mode, one numba operation"),
+    Entry("by-hand", "control", "simplejpeg, one numba kernel, threads"),
+    Entry("tfdata", "peer", "tf.data, decode_and_crop_jpeg"),
+    Entry("spdl", "peer", "SPDL, its own decoder, NumPy"),
+    Entry("dataloader", "peer", "torch DataLoader, Pillow"),
+    Entry("webdataset", "peer", "webdataset, Pillow"),
+    Entry("mosaic", "peer", "Mosaic Streaming, Pillow"),
+    Entry("litdata", "peer", "LitData, Pillow"),
+    Entry("grain", "peer", "Grain, Pillow"),
+    Entry("limit-full", "limit", "libjpeg-turbo, full decode, pixels thrown away"),
+    Entry("limit-crop", "limit", "libjpeg-turbo, 224 crop to uint8 batches"),
+    Entry("ours-uint8", "ours", "`pipeline.TrainLoader`, uint8 crops, the host's part of GPU training"),
+    Entry("dali-uint8", "peer", "plain DALI CPU graph: image_crop alone, uint8"),
+    Entry("ours-raw", "ours", "`pipeline.TrainLoader`, raw shards"),
+    Entry("dali-raw", "peer", "plain DALI CPU graph, raw: crop_mirror_normalize"),
+    Entry("ffcv-raw", "peer", "FFCV, raw mode, the same numba operation"),
+    Entry("by-hand-raw", "control", "numba kernel on mapped raw pixels, threads"),
+    Entry("limit-convert", "limit", "C: raw pixels to float32 batches, streaming stores"),
+)
+PAIRS = (("ours", "ffcv"), ("ours", "by-hand"), ("ours-uint8", "limit-crop"), ("ours-raw", "ffcv-raw"))
+
+
+def main() -> None:
+    options = parse_arguments()
+    cpus = choose_cpus(options.workers)
+    entries = choose(ENTRIES, options.only)
+    scratch = Path(options.scratch or tempfile.mkdtemp(prefix="feed-")).absolute()
+    scratch.mkdir(parents=True, exist_ok=True)
+    try:
+        text, document = measure(options, entries, cpus, scratch)
+    finally:
+        if not options.scratch:
+            shutil.rmtree(scratch, ignore_errors=True)
+    print(text)
+    if options.json:
+        Path(options.json).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Feeding a network: ours, peers and limits in alternation.")
+    parser.add_argument("source", nargs="?", help="folder with JPEG photographs (default: a synthetic set)")
+    parser.add_argument(
+        "--python",
+        action="append",
+        default=[],
+        metavar="PATH",
+        help="interpreter of an environment with peers; may be repeated (default: this one alone)",
+    )
+    parser.add_argument("--images", type=int, default=2048, help="samples; the source is repeated to fill them")
+    parser.add_argument("--rounds", type=int, default=7, help="timed rounds")
+    parser.add_argument("--seconds", type=float, default=3.0, help="length of a turn")
+    parser.add_argument("--skip", type=int, default=8, help="batches thrown away before the clock of a turn starts")
+    parser.add_argument("--workers", type=int, default=2, help="cores, and threads or processes of every contestant")
+    parser.add_argument("--only", metavar="NAMES", help=f"some of: {','.join(entry.name for entry in ENTRIES)}")
+    parser.add_argument("--base", default="dali", help="what ratios are to")
+    parser.add_argument("--scratch", metavar="DIR", help="folder for data and logs, kept (default: a temporary one)")
+    parser.add_argument("--json", metavar="FILE", help="write everything measured there")
+    options = parser.parse_args()
+    if options.images < BATCH:
+        parser.error(f"--images {options.images}: expected a batch, {BATCH}, or more")
+    if options.rounds < 1 or options.seconds <= 0 or options.skip < 0:
+        parser.error("--rounds, --seconds: expected more than 0; --skip: 0 or more")
+    if options.base not in {entry.name for entry in ENTRIES}:
+        parser.error(f"--base {options.base}: no such contestant")
+    return options
+
+
+def measure(
+    options: argparse.Namespace, entries: Sequence[Entry], cpus: set[int], scratch: Path
+) -> tuple[str, dict[str, Any]]:
+    """Everything: the table and the JSON document."""
+    say("prepare: shards, samples, colours")
+    data = prepare_data(options, scratch / "data")
+    rows = {entry.name: Row(entry) for entry in entries}
+    children: dict[str, Child] = {}
+    with closing_all(children):
+        for name, row in rows.items():
+            say(f"{name}: convert, start, look at a batch")
+            job = {
+                "samples": str(scratch / "data" / "samples"),
+                "shards": data["shards"],
+                # the same conversion serves both of a library's rows
+                "out": str(scratch / name.removesuffix("-raw")),
+                "workers": options.workers,
+                "mean": data["mean"],
+                "basis": data["basis"],
+                "paths": [str(HERE.parent)],
+            }
+            pythons = [Path(sys.executable), *map(Path, options.python)]
+            child = start_child(row, pythons if row.entry.kind == "ours" else pythons[::-1], SCRIPT, job, cpus, scratch)
+            if child is None:
+                say(f"{name}: {row.state}")
+                continue
+            children[name] = child
+            try:
+                look(child, row, scratch / f"batch-{name}.npz", data)
+                child.ask("run", skip=options.skip, seconds=options.seconds)  # warm-up
+            except Failed as error:
+                row.state = f"failed: {error}"
+                say(f"{name}: {row.state}")
+                children.pop(name).close()  # its memory is wanted
+        foreign = alternate(
+            children,
+            rows,
+            num_rounds=options.rounds,
+            arguments={"skip": options.skip, "seconds": options.seconds},
+            on_turn=lambda number, name, rate: say(f"round {number + 1}/{options.rounds} {name}: {rate:,.0f} images/s"),
+        )
+    pairs = {
+        f"{left} / {right}": compare(rows[left].rates, rows[right].rates)
+        for left, right in PAIRS
+        if left in rows and right in rows and rows[left].rates and rows[right].rates
+    }
+    settings = {
+        "samples": options.images,
+        "distinct images": data["num_distinct"],
+        "mean JPEG bytes": data["mean_bytes"],
+        "batch": BATCH,
+        "seconds a turn": options.seconds,
+        "batches skipped before": options.skip,
+        "cores": options.workers,
+    }
+    notes = [
+        "Of rounds, median (min to max): "
+        + "; ".join(f"{name} {p['median']:.2f} ({p['min']:.2f} to {p['max']:.2f})" for name, p in pairs.items())
+        + "."
+    ] * bool(pairs)
+    text, document = report(
+        "Feeding",
+        list(rows.values()),
+        base=options.base,
+        machine=describe_machine(cpus),
+        settings=settings,
+        foreign=foreign,
+        columns={"mean error": lambda row: f"{row.extra['mean_error']:.2f}" if "mean_error" in row.extra else ""},
+        notes=[*notes, "Mean error: a checked batch against the stored pixels by Pillow, grey levels."],
+    )
+    document["pairs"] = pairs
+    return text, document
+
+
+# The data.
+
+
+def prepare_data(options: argparse.Namespace, root: Path) -> dict[str, Any]:
+    """Shards of 256x256 q90 JPEGs and of the same pixels raw, colours, samples as plain files; kept in `root`."""
+    from pipeline.shardset import ShardSet
+    from tools.sharder import make_shards
+    from tools.sources import open_source
+
+    mark = root / "data.json"
+    wanted = {"source": options.source, "images": options.images}
+    if mark.is_file():
+        found = json.loads(mark.read_text(encoding="utf-8"))
+        if found["wanted"] == wanted:
+            return dict(found)
+    shutil.rmtree(root, ignore_errors=True)
+    root.mkdir(parents=True)
+    source = Path(options.source) if options.source else make_synthetic(root / "synth", options.images)
+    distinct, _ = list_photographs(source)
+    if not distinct:
+        raise SystemExit(f"error: {source}: no RGB or grey JPEG at any depth, expected at least one")
+    lay_out(distinct, root / "tree", options.images, num_classes=len(distinct))
+    make_shards(
+        open_source(root / "tree"), root / "once", num_workers=options.workers, samples_per_shard=SAMPLES_PER_SHARD
+    )
+    once = ShardSet.open(root / "once")
+    mean_bytes = write_samples(once, root / "samples", root / "stored")
+    shards = {"jpeg": str(root / "jpeg"), "raw": str(root / "raw")}
+    make_shards(
+        open_source(root / "stored"),
+        root / "once-raw",
+        num_workers=options.workers,
+        samples_per_shard=SAMPLES_PER_SHARD,
+        encoding="raw",
+    )
+    repeat_shards(once, root / "jpeg")
+    repeat_shards(ShardSet.open(root / "once-raw"), root / "raw")
+    colors = compute_colors(once, [Path(folder) for folder in shards.values()], options.workers)
+    data = {
+        "wanted": wanted,
+        "shards": shards,
+        "num_distinct": min(len(distinct), options.images),
+        "mean_bytes": mean_bytes,
+        "mean": colors.mean.tolist(),
+        "basis": colors.lighting_basis("paper").tolist(),
+    }
+    mark.write_text(json.dumps(data), encoding="utf-8")
+    return data
+
+
+def write_samples(shards: Any, folder: Path, tree: Path) -> int:
+    """encoded.bin, ends.npy, labels.npy, raw.bin (decoded by Pillow) of all samples as stored. Their mean bytes.
+
+    In `tree` the same JPEGs as files: resized to the size they have, that is not at all, they become the raw shards.
+    """
+    folder.mkdir()
+    ends, labels = [], []
+    with (folder / "encoded.bin").open("wb") as encoded, (folder / "raw.bin").open("wb") as raw:
+        for path in shards.tars("train"):
+            with tarfile.open(path) as tar:
+                members = tar.getmembers()  # image, label, image, label
+                for image, label in zip(members[::2], members[1::2], strict=True):
+                    data, digits = (read_member(tar, member) for member in (image, label))
+                    encoded.write(data)
+                    raw.write(np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).tobytes())
+                    ends.append(encoded.tell())
+                    labels.append(int(digits))
+                    file = tree / "train" / f"class{labels[-1]:05d}" / f"{len(labels):09d}.jpg"
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                    file.write_bytes(data)
+    np.save(folder / "ends.npy", np.array(ends, np.int64))
+    np.save(folder / "labels.npy", np.array(labels, np.int64))
+    return ends[-1] // len(ends)
+
+
+def read_member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    file = tar.extractfile(member)
+    assert file is not None
+    return file.read()
+
+
+def repeat_shards(once: Any, out: Path) -> None:
+    """The same shards COPIES times, as links: reading them costs what it costs, and an epoch is long."""
+    from pipeline.shardset import MANIFEST, write_json
+
+    out.mkdir()
+    named = []
+    for number in range(COPIES * len(once.shards("train"))):
+        shard = once.shards("train")[number % len(once.shards("train"))]
+        file = f"train-{number:06d}.tar"
+        for ending in (".tar", ".idx"):
+            os.link((once.root / shard.file).with_suffix(ending), (out / file).with_suffix(ending))
+        named.append(replace(shard, file=file))
+    totals = {"train": COPIES * once.num_samples("train"), "val": 0}
+    write_json(out / MANIFEST, replace(once.manifest, shards=tuple(named), totals=totals).to_json())
+
+
+def compute_colors(once: Any, folders: Sequence[Path], num_threads: int) -> Any:
+    """The colours of one copy, saved in each folder of shards under that folder's own fingerprint."""
+    from pipeline.console import Progress
+    from pipeline.shardset import ShardSet
+    from tools.pca import compute
+
+    with Progress("pca", once.num_samples("train"), "images") as progress:
+        colors = compute(once, device="cpu", num_threads=num_threads, progress=progress)
+    for folder in folders:
+        replace(colors, shards_fingerprint=ShardSet.open(folder).fingerprint).save(folder)
+    return colors
+
+
+# The check.
+
+
+def look(child: Child, row: Row, path: Path, data: dict[str, Any]) -> None:
+    """Compare one batch with the stored pixels. Raises Failed for a batch that is not what was asked for."""
+    if row.entry.name == "limit-full":
+        return  # its pixels are thrown away; limit-crop shows that the codec's are right
+    row.extra["comes_as"] = child.ask("check", path=str(path))
+    with np.load(path) as batch:
+        images, labels = batch["images"], batch["labels"]
+    path.unlink()
+    is_uint8 = row.entry.name.endswith("-uint8") or row.entry.name == "limit-crop"
+    if labels.ndim == 2 and labels.shape[1] == 5:  # DALI's readers give the five digits
+        labels = np.array([int(bytes(digits)) for digits in labels.astype(np.uint8)])
+    labels = labels.reshape(-1)
+    if is_uint8:
+        if images.shape == (BATCH, CROP_PX, CROP_PX, 3):
+            images = images.transpose(0, 3, 1, 2)
+        wanted: tuple[str, tuple[int, ...]] = ("uint8", (BATCH, 3, CROP_PX, CROP_PX))
+    else:
+        wanted = ("float32", (BATCH, 3, CROP_PX, CROP_PX))
+    if (str(images.dtype), images.shape) != wanted or labels.shape != (BATCH,):
+        raise Failed(f"batch is {images.dtype} {images.shape}, labels {labels.shape}, expected {wanted}")
+    stored = load_by_label(Path(data["shards"]["jpeg"]).parent / "samples")
+    images, labels = images[::LOOK_AT_EVERY], labels[::LOOK_AT_EVERY]
+    unknown = sorted(set(labels.tolist()) - stored.keys())
+    if unknown:
+        raise Failed(f"label {unknown[0]} is none of the {len(stored)} there are")
+    found = [find_crop(image, stored[label]) for image, label in zip(images, labels.tolist(), strict=True)]
+    errors = np.array([crop.error for crop in found])
+    if row.entry.name == "ours-mean-image":
+        limit = 100.0  # a mean image is no constant: the crop is found all the same, the residue is the mean image's
+    else:
+        limit = LARGEST_ERROR
+    if errors.mean() > limit:
+        raise Failed(f"pixels differ from the stored ones by {errors.mean():.1f} grey levels, limit {limit}")
+    if len({(crop.y, crop.x) for crop in found}) < len(found) // 2:
+        raise Failed("crops are not at random offsets")
+    if not is_uint8:
+        num_flipped = sum(crop.flip for crop in found)
+        if not 0.15 < num_flipped / len(found) < 0.85:  # beyond that by chance once in 100,000
+            raise Failed(f"{num_flipped} of {len(found)} images are mirrored, expected about half")
+        spread = np.std([crop.shift for crop in found], axis=0)
+        expected = np.sqrt((np.array(data["basis"]) ** 2).sum(1))
+        if (spread < expected / 2).any() or (spread > expected * 2).any():
+            raise Failed(f"colour shifts spread by {spread.round(2)}, expected about {expected.round(2)} (lighting)")
+    row.extra["mean_error"] = float(errors.mean())
+
+
+class Crop:
+    """Where a picture was found in a stored image, what was added to each channel, and the mean error left over."""
+
+    def __init__(self, y: int, x: int, flip: bool, shift: NDArray[np.float32], error: float) -> None:
+        self.y, self.x, self.flip, self.shift, self.error = y, x, flip, shift, error
+
+
+def find_crop(image: NDArray[Any], stored: NDArray[np.uint8]) -> Crop:
+    """The offset, flip and shift per channel that make `stored` (256, 256, 3) most like `image` (3, 224, 224)."""
+    step = 32  # a grid of samples finds the place, all pixels give the error
+    target = image.astype(np.float32)
+    grid = target[:, ::step, ::step]
+    windows = np.lib.stride_tricks.sliding_window_view(
+        stored.transpose(2, 0, 1).astype(np.float32), (CROP_PX, CROP_PX), axis=(1, 2)
+    )
+    best: tuple[float, int, int, bool] = (np.inf, 0, 0, False)
+    for flip in (False, True):
+        # (3, 33, 33, rows, columns)
+        seen = (windows[..., ::-1] if flip else windows)[..., ::step, ::step]
+        residue = grid[:, None, None] - seen
+        residue -= residue.mean((3, 4), keepdims=True)
+        cost = np.abs(residue).mean((0, 3, 4))
+        y, x = np.unravel_index(cost.argmin(), cost.shape)
+        best = min(best, (float(cost[y, x]), int(y), int(x), flip))
+    _, y, x, flip = best
+    crop = stored[y : y + CROP_PX, x : x + CROP_PX].transpose(2, 0, 1).astype(np.float32)
+    residue = target - (crop[..., ::-1] if flip else crop)
+    shift = residue.mean((1, 2))
+    return Crop(y, x, flip, shift, float(np.abs(residue - shift[:, None, None]).mean()))
+
+
+def load_by_label(folder: Path) -> dict[int, NDArray[np.uint8]]:
+    """A stored image's pixels by label: every distinct image is a class of its own."""
+    labels = np.load(folder / "labels.npy")
+    raw = np.memmap(folder / "raw.bin", np.uint8, "r").reshape(len(labels), SIZE_PX, SIZE_PX, 3)
+    return {int(label): raw[index] for index, label in enumerate(labels)}
+
+
+if __name__ == "__main__":
+    main()

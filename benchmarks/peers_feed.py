@@ -1,0 +1,375 @@
+"""The contestants of feed.py: stored 256x256 images -> shuffled batches of 128 crops, each library in its best form.
+
+The decision that shaped it: every way is an endless generator of (images, labels), started once and kept running, so
+that a turn of the clock sees the steady state, without the start or the end of an epoch. What differs is how samples
+are stored and decoded; the draws (offset, flip, colour shift) and the arithmetic are the same: pixel - shift, where
+shift is the channel mean minus lighting. Conversions to a library's own format happen once, before the clock.
+Left out: the clock's rounds and the comparison of pixels (feed.py). Run by feed.py: `python peers_feed.py NAME JOB`.
+"""
+# mypy: disable-error-code="import-not-found,import-untyped"
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peers_pillow
+from common import Contestant, serve
+from limits import limit
+from samples import (
+    BATCH,
+    BUFFERED_BATCHES,
+    CROP_PX,
+    LONG_EPOCH,
+    MAX_OFFSET_PX,
+    SIZE_PX,
+    Augment,
+    Batches,
+    Job,
+    Sample,
+    Samples,
+    draw_order,
+    rng,
+    rotate,
+)
+
+BYTES_OF_ENCODED = 32768
+
+
+# Ours.
+
+
+def ours(job: Job, kind: str, **options: Any) -> Batches:
+    from pipeline import ColorStats, ShardSet, TrainLoader
+
+    shards = ShardSet.open(job.shards[kind])
+    colors = ColorStats.load(shards.root, shards.fingerprint)
+    loader = TrainLoader(shards, colors, global_batch_size=BATCH, num_threads=job.workers, seed=1, **options)
+    while True:
+        yield from loader
+
+
+# DALI by the book, without us.
+
+
+def dali(job: Job, kind: str) -> Batches:
+    """kind: "jpeg" and "raw" to float32, "uint8": decoded crops alone."""
+    from nvidia.dali import fn, pipeline_def, types
+    from nvidia.dali.plugin.pytorch import DALIGenericIterator
+
+    tars = sorted(Path(job.shards["raw" if kind == "raw" else "jpeg"]).glob("*.tar"))
+    positions = [k / MAX_OFFSET_PX for k in range(MAX_OFFSET_PX + 1)]
+    window = {"crop": (CROP_PX, CROP_PX)}
+
+    @pipeline_def(batch_size=BATCH, num_threads=job.workers, device_id=None, prefetch_queue_depth=2, exec_dynamic=True)
+    def graph() -> Any:
+        data, label = fn.readers.webdataset(
+            paths=[str(tar) for tar in tars],
+            index_paths=[str(tar.with_suffix(".idx")) for tar in tars],
+            ext=["rgb" if kind == "raw" else "jpg", "cls"],
+            random_shuffle=True,
+            initial_fill=1024,
+            tensor_init_bytes=SIZE_PX * SIZE_PX * 3 if kind == "raw" else BYTES_OF_ENCODED,
+            name="reader",
+        )
+        place = {"crop_pos_y": fn.random.uniform(values=positions), "crop_pos_x": fn.random.uniform(values=positions)}
+        if kind == "raw":
+            image = fn.reshape(data, shape=[SIZE_PX, SIZE_PX, 3], layout="HWC")
+        else:
+            image = fn.decoders.image_crop(data, output_type=types.RGB, **window, **place)
+            if kind == "uint8":
+                return image, label
+        basis, mean = types.Constant(job.basis), types.Constant(job.mean)
+        shift = mean - fn.reductions.sum(basis * fn.random.normal(shape=[3]), axes=[1])
+        if kind != "raw":
+            place = {}
+        image = fn.crop_mirror_normalize(
+            image, **window, **place, mean=shift, mirror=fn.random.coin_flip(), dtype=types.FLOAT, output_layout="CHW"
+        )
+        return image, label
+
+    # without copies; the reader goes round its files for ever
+    for (batch,) in DALIGenericIterator(graph(), ["images", "labels"], size=-1):
+        yield batch["images"], batch["labels"]
+
+
+def compile_kernel() -> Callable[..., None]:
+    """Stored pixels (256, 256, 3) -> cropped, mirrored, shifted float32 planes: the fastest of the forms that were
+    tried in numba, a line at a time by way of the cache."""
+    import numba
+
+    @numba.njit(nogil=True, fastmath=True)
+    def finish(pixels: Any, y: int, x: int, flip: bool, shift: Any, out: Any) -> None:
+        line = np.empty((3, CROP_PX), np.float32)
+        for row in range(CROP_PX):
+            stored = pixels[y + row].reshape(-1)[3 * x : 3 * (x + CROP_PX)]
+            for channel in range(3):
+                less = shift[channel]
+                for column in range(CROP_PX):
+                    line[channel, column] = np.float32(stored[3 * column + channel]) - less
+            for channel in range(3):
+                if flip:
+                    for column in range(CROP_PX):
+                        out[channel, row, column] = line[channel, CROP_PX - 1 - column]
+                else:
+                    for column in range(CROP_PX):
+                        out[channel, row, column] = line[channel, column]
+
+    return finish
+
+
+# FFCV.
+
+
+def ffcv(job: Job, mode: str) -> Batches:
+    """mode "jpg" (the stored bytes as they are) or "raw"; one numba operation crops, mirrors, shifts and transposes."""
+    from dataclasses import replace
+
+    import torch
+    from ffcv.fields import IntField, RGBImageField
+    from ffcv.fields.decoders import IntDecoder, SimpleRGBImageDecoder
+    from ffcv.loader import Loader, OrderOption
+    from ffcv.pipeline.allocation_query import AllocationQuery
+    from ffcv.pipeline.compiler import Compiler
+    from ffcv.pipeline.operation import Operation
+    from ffcv.transforms import ToTensor
+    from ffcv.writer import DatasetWriter
+
+    encode = RGBImageField.encode
+
+    def encode_as_stored(self: Any, destination: Any, image: Any, malloc: Any) -> None:
+        if mode == "raw":
+            return encode(self, destination, image, malloc)
+        destination["mode"], destination["height"], destination["width"] = 0, SIZE_PX, SIZE_PX
+        destination["data_ptr"], storage = malloc(len(image))
+        storage[:] = image
+        return None
+
+    def convert(path: Path) -> None:
+        RGBImageField.encode = encode_as_stored
+        writer = DatasetWriter(
+            str(path), {"image": RGBImageField(write_mode=mode), "label": IntField()}, num_workers=job.workers
+        )
+        writer.from_indexed_dataset(_Indexed(job.samples, mode))
+
+    path = job.converted(f"{mode}.beton", convert)
+    mean, basis, kernel = job.mean, job.basis, compile_kernel()
+
+    class Finish(Operation):
+        def generate_code(self) -> Callable[..., Any]:
+            my_range = Compiler.get_iterator()
+
+            def finish(images: Any, out: Any) -> Any:
+                for i in my_range(images.shape[0]):
+                    y, x = np.random.randint(0, MAX_OFFSET_PX + 1), np.random.randint(0, MAX_OFFSET_PX + 1)
+                    flip = np.random.rand() < 0.5
+                    a, b, c = np.random.normal(), np.random.normal(), np.random.normal()
+                    shift = np.empty(3, np.float32)
+                    for channel in range(3):
+                        light = basis[channel, 0] * a + basis[channel, 1] * b + basis[channel, 2] * c
+                        shift[channel] = mean[channel] - light
+                    kernel(images[i], y, x, flip, shift, out[i])
+                return out[: images.shape[0]]
+
+            finish.is_parallel = True  # type: ignore[attr-defined]
+            return finish
+
+        def declare_state_and_memory(self, previous_state: Any) -> tuple[Any, Any]:
+            shape, dtype = (3, CROP_PX, CROP_PX), np.dtype("float32")
+            return replace(previous_state, shape=shape, dtype=dtype, jit_mode=True), AllocationQuery(shape, dtype)
+
+    loader = Loader(
+        str(path),
+        batch_size=BATCH,
+        num_workers=job.workers,
+        os_cache=True,
+        order=OrderOption.RANDOM,
+        indices=np.tile(np.arange(len(job.samples)), max(1, LONG_EPOCH // len(job.samples))),
+        batches_ahead=3,
+        drop_last=True,
+        pipelines={
+            "image": [SimpleRGBImageDecoder(), Finish(), ToTensor()],
+            "label": [IntDecoder(), ToTensor()],
+        },
+    )
+    torch.set_num_threads(1)
+    while True:
+        yield from loader
+
+
+class _Indexed:
+    """(bytes or pixels, label) by number: what FFCV's writer reads from."""
+
+    def __init__(self, samples: Samples, mode: str) -> None:
+        self._samples, self._mode = samples, mode
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        image = self._samples.raw[index] if self._mode == "raw" else self._samples.view(index)
+        return np.array(image), int(self._samples.labels[index])
+
+
+# TensorFlow.
+
+
+def tfdata(job: Job) -> Batches:
+    import tensorflow as tf
+
+    def convert(path: Path) -> None:
+        with tf.io.TFRecordWriter(str(path)) as writer:
+            for index in range(len(job.samples)):
+                image = tf.train.Feature(bytes_list=tf.train.BytesList(value=[job.samples.encoded(index)]))
+                label = tf.train.Feature(int64_list=tf.train.Int64List(value=[int(job.samples.labels[index])]))
+                features = tf.train.Features(feature={"image": image, "label": label})
+                writer.write(tf.train.Example(features=features).SerializeToString())
+
+    path = job.converted("set.tfrecord", convert)
+    mean, basis = tf.constant(job.mean), tf.constant(job.basis)
+
+    def prepare(record: Any) -> tuple[Any, Any]:
+        kinds = {"image": tf.io.FixedLenFeature([], tf.string), "label": tf.io.FixedLenFeature([], tf.int64)}
+        sample = tf.io.parse_single_example(record, kinds)
+        offset = tf.random.uniform([2], 0, MAX_OFFSET_PX + 1, tf.int32)
+        window = tf.concat([offset, [CROP_PX, CROP_PX]], 0)
+        pixels = tf.io.decode_and_crop_jpeg(sample["image"], window, channels=3)
+        pixels = tf.image.random_flip_left_right(pixels)
+        shift = mean - tf.linalg.matvec(basis, tf.random.normal([3]))
+        return tf.transpose(tf.cast(pixels, tf.float32) - shift, [2, 0, 1]), sample["label"]
+
+    dataset = tf.data.TFRecordDataset(str(path)).shuffle(1024).repeat()
+    dataset = dataset.map(prepare, num_parallel_calls=job.workers, deterministic=False)
+    dataset = dataset.batch(BATCH, drop_remainder=True).prefetch(BUFFERED_BATCHES)
+    options = tf.data.Options()
+    options.threading.private_threadpool_size = job.workers
+    yield from dataset.with_options(options).as_numpy_iterator()
+
+
+# Threads and a codec.
+
+
+def spdl(job: Job) -> Batches:
+    """SPDL's own decoder (FFmpeg's) in its own threads, the rest in NumPy."""
+    import spdl.io
+    from spdl.pipeline import PipelineBuilder
+
+    augment = Augment(job.mean, job.basis)
+    to_rgb = spdl.io.get_video_filter_desc(pix_fmt="rgb24")
+    single = spdl.io.decode_config(decoder_options={"threads": "1"})
+
+    def decode(index: int) -> Sample:
+        packets = spdl.io.demux_image(job.samples.encoded(index))
+        frames = spdl.io.decode_packets(packets, decode_config=single, filter_desc=to_rgb)
+        pixels = spdl.io.to_numpy(spdl.io.convert_frames(frames))
+        crop, shift = augment.draw(pixels, rng())
+        return crop, shift, int(job.samples.labels[index])
+
+    def indices() -> Iterator[int]:
+        for batch in draw_order(len(job.samples)):
+            yield from batch.tolist()
+
+    pipeline = (
+        PipelineBuilder()
+        .add_source(indices())
+        .pipe(decode, concurrency=job.workers)
+        .aggregate(BATCH, drop_last=True)
+        .pipe(augment.collate)
+        .add_sink(BUFFERED_BATCHES)
+        .build(num_threads=job.workers + 1, max_failures=0)
+    )
+    with pipeline.auto_stop():
+        yield from pipeline
+
+
+def by_hand(job: Job, kind: str) -> Batches:
+    """simplejpeg (or raw pixels) and one numba kernel in threads, into buffers that go round."""
+    if kind == "jpeg":
+        import simplejpeg
+
+    finish = compile_kernel()
+    samples, buffers = job.samples, threading.local()
+
+    def work(indices: Any, out: Any) -> None:
+        if not hasattr(buffers, "pixels"):
+            buffers.pixels = np.empty((SIZE_PX, SIZE_PX, 3), np.uint8)
+        generator = rng()
+        offsets = generator.integers(0, MAX_OFFSET_PX + 1, (len(indices), 2))
+        flips = generator.random(len(indices)) < 0.5
+        shifts = job.mean - generator.standard_normal((len(indices), 3), np.float32) @ job.basis.T
+        for i, index in enumerate(indices):
+            if kind == "jpeg":
+                pixels = simplejpeg.decode_jpeg(samples.view(index), "RGB", buffer=buffers.pixels)
+            else:
+                pixels = samples.raw[index]
+            finish(pixels, offsets[i, 0], offsets[i, 1], flips[i], shifts[i], out[i])
+
+    yield from rotate(job, work, (3, CROP_PX, CROP_PX), np.float32)
+
+
+OURS = ("alexnet-dali", "nvidia-dali-cuda120", "torch", "numpy", "numba", "simplejpeg")
+WAYS: dict[str, tuple[Callable[[Job], Batches], tuple[str, ...]]] = {
+    "ours": (lambda job: ours(job, "jpeg", mean="channel"), OURS),
+    "ours-mean-image": (lambda job: ours(job, "jpeg", mean="image"), OURS),
+    "ours-uint8": (lambda job: ours(job, "jpeg", dtype="uint8", layout="NHWC", flip=False, lighting=None), OURS),
+    "ours-raw": (lambda job: ours(job, "raw", mean="channel"), OURS),
+    "dali": (lambda job: dali(job, "jpeg"), ("nvidia-dali-cuda120", "torch")),
+    "dali-uint8": (lambda job: dali(job, "uint8"), ("nvidia-dali-cuda120", "torch")),
+    "dali-raw": (lambda job: dali(job, "raw"), ("nvidia-dali-cuda120", "torch")),
+    "ffcv": (lambda job: ffcv(job, "jpg"), ("ffcv", "torch", "numba", "numpy")),
+    "ffcv-raw": (lambda job: ffcv(job, "raw"), ("ffcv", "torch", "numba", "numpy")),
+    "by-hand": (lambda job: by_hand(job, "jpeg"), ("simplejpeg", "numba", "numpy")),
+    "by-hand-raw": (lambda job: by_hand(job, "raw"), ("numba", "numpy")),
+    "tfdata": (tfdata, ("tensorflow", "tensorflow-cpu")),
+    "spdl": (spdl, ("spdl", "spdl-io", "numpy")),
+    "dataloader": (peers_pillow.dataloader, ("torch", "pillow")),
+    "webdataset": (peers_pillow.webdataset, ("webdataset", "torch", "pillow")),
+    "mosaic": (peers_pillow.mosaic, ("mosaicml-streaming", "torch", "pillow")),
+    "litdata": (peers_pillow.litdata, ("litdata", "torch", "pillow")),
+    "grain": (peers_pillow.grain, ("grain", "array-record", "pillow")),
+    "limit-full": (lambda job: limit(job, "full"), ("pillow",)),
+    "limit-crop": (lambda job: limit(job, "crop"), ("pillow",)),
+    "limit-convert": (lambda job: limit(job, "convert"), ("numpy",)),
+}
+
+
+def _make(name: str, raw: dict[str, Any]) -> Contestant:
+    job = Job(
+        Samples(raw["samples"]),
+        raw["shards"],
+        Path(raw["out"]),
+        raw["workers"],
+        np.array(raw["mean"], np.float32),
+        np.array(raw["basis"], np.float32),
+    )
+    make, packages = WAYS[name]
+    stream = iter(make(job))
+    next(stream)  # a missing library, a conversion, a compiler: all of it here
+
+    def run(skip: int, seconds: float) -> tuple[int, float, int]:
+        """Images and seconds of whole batches, after `skip` batches that may have lain ready; images of both."""
+        for _ in range(skip):
+            next(stream)
+        num, start_s = 0, time.perf_counter()
+        while True:
+            images, _ = next(stream)
+            num += len(images)
+            took_s = time.perf_counter() - start_s
+            if took_s >= seconds:
+                return num, took_s, num + skip * BATCH
+
+    def check(path: str) -> str:
+        """One batch, saved as it is; answers the type it came as."""
+        images, labels = next(stream)
+        np.savez(path, images=np.asarray(images), labels=np.asarray(labels))
+        return type(images).__name__
+
+    return Contestant({"run": run, "check": check}, packages)
+
+
+if __name__ == "__main__":
+    import peers_feed  # by its name: what worker processes are sent must not live in __main__
+
+    serve(peers_feed._make)

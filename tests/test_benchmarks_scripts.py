@@ -1,0 +1,178 @@
+"""The scripts at a tiny size with what is installed, and their checks on pixels that are known."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def scripts(monkeypatch):
+    """The folder of the scripts, importable."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return ROOT / "benchmarks"
+
+
+def run_script(name, *arguments):
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / name), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def is_installed(module):
+    return subprocess.run([sys.executable, "-c", f"import {module}"], capture_output=True, check=False).returncode == 0
+
+
+def test_preparation_is_timed_with_the_peers_there_are_and_the_others_are_named(synth_tree, tmp_path):
+    report = tmp_path / "prepare.json"
+    text = run_script(
+        "prepare.py", synth_tree / "train", "--images", 12, "--rounds", 2, "--workers", 1, "--json", report,
+        "--only", "ours,pillow,decode,vipsthumbnail,ffcv", "--scratch", tmp_path / "scratch",
+    )  # fmt: skip
+    document = json.loads(report.read_text(encoding="utf-8"))
+    rows = {row["name"]: row for row in document["contestants"]}
+    for name in ("ours", "pillow", "decode"):
+        assert rows[name]["state"] == "ok", rows[name]
+        assert rows[name]["images_per_s"]["n"] == 2 and rows[name]["images_per_s"]["min"] > 0
+    assert rows["ours"]["psnr_db"] > 30 and rows["pillow"]["psnr_db"] > 30
+    assert set(document["ours_stages_ms"]) == {
+        "read", "decode", "resize and crop", "encode", "tar, checksums, index, sync"
+    }  # fmt: skip
+    assert document["base"] == "pillow" and rows["pillow"]["ratio"]["median"] == 1.0
+    assert rows["ours"]["versions"]["alexnet-dali"] and document["machine"]["cores_used"] == 1
+    if not is_installed("ffcv"):
+        assert rows["ffcv"]["state"].startswith("not installed: ")
+        assert "| ffcv: FFCV DatasetWriter" in text and "not installed" in text
+
+
+@pytest.mark.slow
+def test_feeding_is_timed_with_the_peers_there_are_and_the_others_are_named(synth_tree, tmp_path):
+    report = tmp_path / "feed.json"
+    text = run_script(
+        "feed.py", synth_tree / "train", "--images", 128, "--rounds", 2, "--workers", 1, "--seconds", 0.2, "--skip", 1,
+        "--only", "ours,ours-uint8,ours-raw,dali,dali-raw,dataloader,webdataset,ffcv", "--json", report,
+        "--scratch", tmp_path / "scratch",
+    )  # fmt: skip
+    document = json.loads(report.read_text(encoding="utf-8"))
+    rows = {row["name"]: row for row in document["contestants"]}
+    for name in rows.keys() - {"ffcv"}:
+        assert rows[name]["state"] == "ok", rows[name]
+        assert rows[name]["ratio"]["n"] == 2 and rows[name]["mean_error"] < 1.0
+    assert document["base"] == "dali" and rows["dali"]["ratio"]["median"] == 1.0
+    if not is_installed("ffcv"):
+        assert rows["ffcv"]["state"].startswith("not installed: ") and "| ffcv: FFCV" in text
+    assert "mean JPEG bytes" in text
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "complaint"),
+    [
+        ("prepare.py", ["--only", "nobody"], "--only nobody: no such contestant"),
+        ("prepare.py", ["--rounds", "0"], "--rounds 0: expected 1 or more"),
+        ("prepare.py", ["--workers", "1000"], "--workers 1000: expected 1 to"),
+        ("feed.py", ["--images", "5"], "--images 5: expected a batch"),
+        ("feed.py", ["--base", "nobody"], "--base nobody: no such contestant"),
+    ],
+)
+def test_wrong_arguments_are_refused_in_a_line(script, arguments, complaint):
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / script), *arguments], capture_output=True, text=True, check=False
+    )
+    assert done.returncode != 0 and complaint in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_folder_without_photographs_is_refused(tmp_path):
+    (tmp_path / "a.txt").write_text("no picture")
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / "prepare.py"), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1 and "no RGB or grey JPEG at any depth" in done.stderr
+
+
+@pytest.fixture
+def photograph(tmp_path):
+    """A smooth 400x300 picture with some detail, as JPEG."""
+    y, x = np.mgrid[0:300, 0:400].astype(np.float64)
+    waves = [
+        128 + 80 * np.sin(x / a + y / b) + 30 * np.sin(x / 3 + c) for a, b, c in ((31, 47, 0), (23, 61, 1), (51, 29, 2))
+    ]
+    path = tmp_path / "photograph.jpg"
+    Image.fromarray(np.stack(waves, 2).clip(0, 255).astype(np.uint8)).save(path, quality=95)
+    return path
+
+
+def test_psnr_is_high_for_the_same_pixels_and_low_for_another_crop(scripts, photograph, tmp_path):
+    from prepare import LEAST_PSNR_DB, mean_psnr, refer
+
+    right, shifted = tmp_path / "right", tmp_path / "shifted"
+    reference = refer(photograph, None)
+    with Image.open(photograph) as image:  # 400 x 300
+        resized = np.asarray(image.resize((341, 256), Image.Resampling.LANCZOS))
+    np.testing.assert_array_equal(np.asarray(reference), resized[:, 42 : 42 + 256])
+    for folder, image in ((right, reference), (shifted, Image.fromarray(np.roll(np.asarray(reference), 2, axis=1)))):
+        folder.mkdir()
+        image.save(folder / "000000000.jpg", quality=95)
+    assert mean_psnr(right, [str(photograph)], whole=False) > LEAST_PSNR_DB + 8
+    assert mean_psnr(shifted, [str(photograph)], whole=False) < LEAST_PSNR_DB
+
+
+def test_an_output_of_another_size_or_with_a_gap_is_refused(scripts, photograph, tmp_path):
+    from common import Failed
+    from prepare import mean_psnr
+
+    Image.new("RGB", (256, 255)).save(tmp_path / "000000000.jpg")
+    with pytest.raises(Failed, match="image 0 is RGB"):
+        mean_psnr(tmp_path, [str(photograph)], whole=False)
+    with pytest.raises(Failed, match="image 0 is not in the output"):
+        mean_psnr(tmp_path / "nowhere", [str(photograph)], whole=False)
+
+
+def test_the_place_flip_and_shift_of_a_crop_are_found_again(scripts):
+    from feed import find_crop
+
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[0:256, 0:256]
+    stored = np.stack([127 + 60 * np.sin(x / 9 + k) * np.cos(y / (11 + k)) for k in range(3)], 2)
+    stored = (stored + rng.normal(0, 6, stored.shape)).clip(0, 255).astype(np.uint8)
+    for top, left, flip in ((0, 0, False), (32, 32, True), (5, 17, True), (31, 2, False)):
+        shift = np.array([-120.5, 3.25, 40.0])
+        crop = stored[top : top + 224, left : left + 224]
+        image = ((crop[:, ::-1] if flip else crop) + shift).transpose(2, 0, 1).astype(np.float32)
+        found = find_crop(image, stored)
+        assert (found.y, found.x, found.flip) == (top, left, flip)
+        np.testing.assert_allclose(found.shift, shift, atol=1e-3)
+        assert found.error < 1e-3
+    # what is not in the picture leaves an error far above the limit
+    other = stored[::-1][:224, :224].transpose(2, 0, 1).astype(np.float32)
+    from feed import LARGEST_ERROR
+
+    assert find_crop(other, stored).error > 2 * LARGEST_ERROR
+
+
+def test_kinds_are_known_and_every_entry_has_a_way(scripts):
+    import feed
+    import peers_feed
+    import peers_prepare
+    import prepare
+
+    assert sorted(entry.name for entry in prepare.ENTRIES) == sorted(peers_prepare.WAYS)
+    assert sorted(entry.name for entry in feed.ENTRIES) == sorted(peers_feed.WAYS)
+    assert {entry.kind for entry in (*prepare.ENTRIES, *feed.ENTRIES)} == {"ours", "peer", "control", "limit"}
+    assert {name for pair in feed.PAIRS for name in pair} <= {entry.name for entry in feed.ENTRIES}
