@@ -387,6 +387,11 @@ def _list_versions(rows: Sequence[Row]) -> str:
     return ", ".join(f"{package} {' and '.join(sorted(numbers))}" for package, numbers in sorted(seen.items()))
 
 
+def unwind_when_terminated() -> None:
+    """SIGTERM ends this process by way of its `finally` clauses: no child and no temporary folder stays behind."""
+    signal.signal(signal.SIGTERM, lambda _signal, _frame: sys.exit(128 + signal.SIGTERM))
+
+
 @contextlib.contextmanager
 def closing_all(children: Mapping[str, Child]) -> Iterator[None]:
     """End every child, whatever happens."""

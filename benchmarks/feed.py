@@ -37,6 +37,7 @@ from common import (
     describe_machine,
     report,
     start_child,
+    unwind_when_terminated,
 )
 from numpy.typing import NDArray
 from PIL import Image
@@ -77,6 +78,7 @@ PAIRS = (("ours", "ffcv"), ("ours", "by-hand"), ("ours-uint8", "limit-crop"), ("
 
 def main() -> None:
     options = parse_arguments()
+    unwind_when_terminated()
     cpus = choose_cpus(options.workers)
     entries = choose(ENTRIES, options.only)
     scratch = Path(options.scratch or tempfile.mkdtemp(prefix="feed-")).absolute()

@@ -30,6 +30,7 @@ from common import (
     describe_machine,
     report,
     start_child,
+    unwind_when_terminated,
 )
 from PIL import Image
 
@@ -57,6 +58,7 @@ ENTRIES = (
 
 def main() -> None:
     options = parse_arguments()
+    unwind_when_terminated()
     cpus = choose_cpus(options.workers)
     entries = choose(ENTRIES, options.only)
     scratch = Path(options.scratch or tempfile.mkdtemp(prefix="prepare-")).absolute()

@@ -95,6 +95,21 @@ def test_wrong_arguments_are_refused_in_a_line(script, arguments, complaint):
     assert done.returncode != 0 and complaint in done.stderr and "Traceback" not in done.stderr
 
 
+def test_a_terminated_run_leaves_no_temporary_folder(synth_tree, tmp_path):
+    running = subprocess.Popen(
+        [sys.executable, str(ROOT / "benchmarks" / "prepare.py"), str(synth_tree / "train"), "--only", "decode"],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+    )
+    assert running.stderr is not None
+    assert "start, warm up" in running.stderr.readline()
+    assert len(list(tmp_path.iterdir())) == 1
+    running.terminate()
+    assert running.wait(timeout=60) == 143
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_folder_without_photographs_is_refused(tmp_path):
     (tmp_path / "a.txt").write_text("no picture")
     done = subprocess.run(

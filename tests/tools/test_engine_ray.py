@@ -57,18 +57,26 @@ def cluster():
         "PYTHONPATH": f"{ROOT}:{Path(__file__).parent}",
         "PYTHONUNBUFFERED": "1",
     }
-    with subprocess.Popen(
-        [*command, *options], env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as head:
-        for line in head.stdout:
-            if "Ray runtime started" in line:
-                break
-        else:
+    head = subprocess.Popen(
+        [*command, *options],
+        env=variables,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        if not any("Ray runtime started" in line for line in head.stdout):
             pytest.fail("the Ray cluster has not started")
         yield f"127.0.0.1:{port}"
+    finally:
         head.terminate()
-        head.communicate(timeout=60)
-    shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            head.communicate(timeout=30)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(head.pid, signal.SIGKILL)
+        head.communicate()
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def double(unit, report):
