@@ -12,15 +12,18 @@ import os
 import secrets
 import signal
 import socket
+import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any, TypeVar
 
 from pipeline.errors import UserError
 from tools.engines import count_cpus, use_one_thread
 
 POLL_S = 0.2
+ANSWER_TIMEOUT_S = 120.0  # for what is there already
 CONNECT_TIMEOUT_S = 10.0
 OBJECT_STORE_BYTES = 128 << 20  # of a Ray of our own: listings of units go through it, images do not
 Unit = TypeVar("Unit")
@@ -63,7 +66,7 @@ def run_units_on_ray(
     first = next(remaining, None)
     if first is None:
         return
-    with _connect(address, num_tasks, on_gpu) as ray:
+    with _connect(address, num_tasks, on_gpu) as ray, _hold_signals() as heed_signals:
         kind = "GPU" if on_gpu else "CPU"
         num_tasks = num_tasks or max(1, int(ray.cluster_resources().get(kind, 1)))
         mailbox = ray.remote(_Mailbox).options(num_cpus=0).remote()
@@ -87,6 +90,7 @@ def run_units_on_ray(
                     break
             while at_work:
                 finished, _ = ray.wait(list(at_work), timeout=POLL_S)
+                heed_signals()
                 show()
                 for reference in finished:
                     unit = at_work.pop(reference)
@@ -97,9 +101,6 @@ def run_units_on_ray(
                     for following in remaining:
                         hand_out(following)
                         break
-        except SystemError as error:
-            # What a handler of a signal raises while Ray's compiled code runs comes out as the cause of this.
-            raise error.__cause__ or error from None
         finally:
             for reference in at_work:
                 ray.cancel(reference, force=True)
@@ -107,7 +108,7 @@ def run_units_on_ray(
 
 def _get(ray: Any, reference: Any, what: str) -> Any:
     try:
-        return ray.get(reference)
+        return ray.get(reference, timeout=ANSWER_TIMEOUT_S)
     except ray.exceptions.RayTaskError as error:  # before the unit's own code ran
         raise UserError(
             f"{what}: cannot run on the cluster ({_last_line(error)}); expected alexnet-dali in the same version on "
@@ -147,6 +148,38 @@ def _work(function: Callable[[Any, Callable[[Any], None]], Any], unit: Any, mail
     if last is not None:
         ray.get(last)  # the mailbox takes one after the other: all are there before the result is
     return outcome
+
+
+@contextlib.contextmanager
+def _hold_signals() -> Iterator[Callable[[], None]]:
+    """Hold SIGINT and SIGTERM back until the function that is yielded is called, or the block ends.
+
+    An exception that a handler raises in the middle of Ray's compiled code is lost there, or leaves it in knots. A
+    second signal is not held back.
+    """
+    held: list[int] = []
+    handlers: dict[int, Any] = {}
+
+    def hold(number: int, frame: FrameType | None) -> None:
+        if held:
+            handlers[number](number, frame)
+        held.append(number)
+
+    def heed() -> None:
+        if held:
+            number = held.pop()
+            handlers[number](number, None)
+
+    if threading.current_thread() is threading.main_thread():
+        handlers = {n: h for n in (signal.SIGINT, signal.SIGTERM) if callable(h := signal.getsignal(n))}
+    for number in handlers:
+        signal.signal(number, hold)
+    try:
+        yield heed
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    heed()
 
 
 @contextlib.contextmanager

@@ -32,7 +32,7 @@ LAPSE_S = 180.0
 ANNOUNCE_S = 60.0  # how long one that arrived at the same moment is given to make up its mind
 POLL_S = 0.1
 _LOCK_FILE = re.compile(r"\.lock-[0-9a-f]{16}")
-_NUM_SHOWN = 200
+_NUM_SHOWN = 400
 
 
 @dataclass(frozen=True)

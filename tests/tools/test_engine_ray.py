@@ -19,7 +19,7 @@ import pytest
 
 from pipeline.errors import UserError
 from tests.sharding import BROKEN, PREP, hash_output, make, prep, wait_until, wait_until_gone
-from tools.engine_ray import run_units_on_ray
+from tools.engine_ray import _hold_signals, run_units_on_ray
 
 pytestmark = [
     pytest.mark.ray,
@@ -173,6 +173,31 @@ def test_an_exception_in_the_driver_ends_the_tasks(cluster, tmp_path):
     wait_until(lambda: not any(is_running(pid) for pid in pids), "end of the tasks", 30)
 
 
+def test_signals_wait_for_a_moment_at_which_they_may_raise_but_not_the_second():
+    class Stop(BaseException):
+        pass
+
+    def handler(_number, _frame):
+        raise Stop
+
+    before = signal.signal(signal.SIGTERM, handler)
+    try:
+        with pytest.raises(Stop), _hold_signals() as heed:
+            heed()
+            signal.raise_signal(signal.SIGTERM)
+            heed()
+        with pytest.raises(Stop), _hold_signals():
+            signal.raise_signal(signal.SIGTERM)
+            held = True
+        assert held and signal.getsignal(signal.SIGTERM) is handler
+        with pytest.raises(Stop), _hold_signals():
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
+            pytest.fail("the second signal did not raise")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def test_our_handler_of_sigterm_stays_in_place(cluster):
     def handler(_number, _frame):
         pass
@@ -271,7 +296,11 @@ def test_an_interrupted_run_on_ray_says_so_in_a_word_and_leaves_nothing_running(
             os.killpg(process.pid, number)  # as a terminal does
         else:
             process.send_signal(number)
-        stdout, stderr = process.communicate(timeout=60)
+        try:
+            stdout, stderr = process.communicate(timeout=60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise
     said = [line for line in stderr.splitlines() if line and not line.startswith("shard: ")]
     assert (process.returncode, stdout, said) == (status, "", [words])
     wait_until_gone(process.pid)

@@ -124,14 +124,16 @@ def test_a_run_that_is_killed_over_and_over_still_ends(source, undisturbed, tmp_
 def test_a_killed_job_does_not_hold_up_the_next_and_a_living_one_does(source, undisturbed, tmp_path):
     out = tmp_path / "out"
     with start(source, out) as process:
-        wait_until(lambda: list(out.glob("*-*.json")) or process.poll() is not None, "the first record")
-        os.kill(process.pid, signal.SIGSTOP)  # alive, if not working
-        refused = prep("shard", source, "--out", out, "--samples-per-shard", SAMPLES_PER_SHARD, status=1)
-        last = refused.stderr.splitlines()[-1]
-        assert last.startswith(f"error: {out}: in use by process {process.pid} on ") and "--workers 2 --json" in last
-        other = prep("shard", source, "--out", out, "--seed", 1, "--force", status=1)
-        assert f"in use by process {process.pid} on " in other.stderr
-        process.kill()
+        try:
+            wait_until(lambda: list(out.glob("*-*.json")) or process.poll() is not None, "the first record")
+            os.kill(process.pid, signal.SIGSTOP)  # alive, if not working
+            refused = prep("shard", source, "--out", out, "--samples-per-shard", SAMPLES_PER_SHARD, status=1)
+            other = prep("shard", source, "--out", out, "--seed", 1, "--force", status=1)
+        finally:
+            process.kill()  # a stopped process does not end by itself
+    held = f"error: {out}: in use by process {process.pid} on "
+    assert refused.stderr.splitlines()[-1].startswith(held) and f"({PREP} shard {source} " in refused.stderr
+    assert other.stderr.splitlines()[-1].startswith(held)
     wait_until_gone(process.pid)
     done = prep("shard", source, "--out", out, "--samples-per-shard", SAMPLES_PER_SHARD)
     assert f"the lock of process {process.pid} on" in done.stderr and "is stale and removed" in done.stderr

@@ -176,11 +176,13 @@ def test_a_killed_job_is_taken_up_and_its_lock_holds_nobody_up(s3_bucket, synth_
         ]
 
     with subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True) as process:
-        wait_until(lambda: list_records() or process.poll() is not None, "the first record")
-        process.send_signal(signal.SIGSTOP)
-        refused = prep(*command[1:], status=1)
-        assert f"error: {url}: in use by process {process.pid} on " in refused.stderr
-        process.kill()
+        try:
+            wait_until(lambda: list_records() or process.poll() is not None, "the first record")
+            process.send_signal(signal.SIGSTOP)
+            refused = prep(*command[1:], status=1)
+        finally:
+            process.kill()  # a stopped process does not end by itself
+    assert f"error: {url}: in use by process {process.pid} on " in refused.stderr
     wait_until_gone(process.pid)
     assert [name for name in read_bucket(s3_bucket, "out") if is_lock(name)]
     num_finished = len(list_records())
