@@ -118,7 +118,7 @@ class Child:
             "TF_CPP_MIN_LOG_LEVEL": "2",
             "PYTHONPATH": os.pathsep.join([str(script.parent), *job.get("paths", [])]),
         }
-        with log.open("ab") as file:
+        with log.open("ab") as file, _on_cpus(cpus):  # not preexec_fn: a signal's exception is lost in its fork hooks
             self._process = subprocess.Popen(
                 [str(python), str(script), name, json.dumps(job)],
                 stdin=subprocess.PIPE,
@@ -126,7 +126,6 @@ class Child:
                 stderr=file,
                 env=environment,
                 process_group=0,  # same session: should we die, the kernel wakes and hangs up a stopped group
-                preexec_fn=lambda: os.sched_setaffinity(0, cpus),
             )
         self._buffer = b""
         try:
@@ -186,6 +185,17 @@ class Child:
             self._process.wait(10)
         self._signal(signal.SIGKILL)
         self._process.wait()
+
+
+@contextlib.contextmanager
+def _on_cpus(cpus: set[int]) -> Iterator[None]:
+    """What is started in the block runs on `cpus`."""
+    mine = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cpus)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, mine)
 
 
 def start_child(

@@ -5,7 +5,7 @@ pixels; every combination of decoder, cache and device is one of the two classes
 """
 
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ from pipeline.kernel import load_kernel
 from pipeline.shardset import IMAGE_SIZE_PX, ShardSet
 from pipeline.stored import MemoryPixels, RawPixels, SampleTable, choose_memory
 
-Assemble = Callable[[Mapping[str, Tensor], Views], Tensor]  # a graph's outputs, and the views of its images wanted
+Assemble = Callable[[Tensor | None, Tensor, Views], Tensor]  # a graph's pixels, if any; keys (B,); the views wanted
 _NUM_PINNED = 3  # one being filled, one on its way, one being read
 
 
@@ -43,8 +43,8 @@ class Decoded:
         self._in_place = transform.dtype == "uint8" and transform.layout == "NHWC" and cropped
         self._finish = _make_finisher(colors, transform, feed, max(1, (feed.num_threads + 1) // 2))
 
-    def __call__(self, outputs: Mapping[str, Tensor], views: Views) -> Tensor:
-        pixels = outputs["pixels"]
+    def __call__(self, pixels: Tensor | None, keys: Tensor, views: Views) -> Tensor:
+        assert pixels is not None
         if self._cropped:
             views = views._replace(offset=torch.zeros_like(views.offset))
         if isinstance(self._finish, GpuFinisher):
@@ -83,8 +83,8 @@ class Stored:
         self._stage = _Stage(self._device, feed) if feed.device == "gpu" else None
         self._threads = start_threads(feed.num_threads) if cached or self._stage else None
 
-    def __call__(self, outputs: Mapping[str, Tensor], views: Views) -> Tensor:
-        positions = self._table.find(outputs["keys"].cpu().numpy())
+    def __call__(self, pixels: Tensor | None, keys: Tensor, views: Views) -> Tensor:
+        positions = self._table.find(keys.numpy())
         if self._memory is not None:
             self._fill(self._memory, positions)
             if isinstance(self._finish, GpuFinisher) and self._memory.pixels.device == self._device:

@@ -18,7 +18,7 @@ from pipeline.colorstats import ColorStats
 from pipeline.errors import UserError
 from pipeline.feeding import DecodeOption, check_ranks, count_threads, make_feed
 from pipeline.finish import CENTRE_PX, CROP_SIZE_PX, FIVE_OFFSETS_PX, Transform, Views
-from pipeline.graph import DALIGenericIterator, Feed, eval_pipeline, finish_epoch, iterate, take
+from pipeline.graph import NUMBERS, DALIGenericIterator, Feed, eval_pipeline, finish_epoch, iterate, read_number, take
 from pipeline.shardset import IMAGE_SIZE_PX, ShardSet
 from pipeline.stored import SampleTable
 
@@ -104,11 +104,12 @@ class EvalLoader:
         self._shards.wait(self._split)
         self._running = _from_start(self._iterator, self._shards, self._split)
         for outputs in self._running:
-            labels, num_views = outputs["labels"], len(self._views)
+            labels, keys, num_views = read_number(outputs["label"]), read_number(outputs["key"]), len(self._views)
             views = self._views.repeat(len(labels), 1)  # all of the first image, then all of the second, ...
             source = torch.arange(len(labels)).repeat_interleave(num_views)
-            batch = self._shape(self._assemble(outputs, Views(source, views[:, :2], views[:, 2])), labels)
-            self._in_flight.hold(outputs)
+            wanted = Views(source, views[:, :2], views[:, 2])
+            batch = self._shape(self._assemble(outputs.get("pixels"), keys, wanted), labels)
+            self._in_flight.hold((outputs, labels))
             yield batch
 
     def _shape(self, images: Tensor, labels: Tensor) -> Batch:
@@ -141,18 +142,18 @@ def read_pixels(
     on = "cuda" if device == "gpu" else "cpu"
     table = SampleTable(shards, split) if feed.decode == "stored" else None
     for outputs in _from_start(_once(shards, feed, whole=True), shards, split):
-        labels = outputs["labels"].to(on)
+        labels = read_number(outputs["label"]).to(on)
         if table is None:
             yield Batch(outputs["pixels"], labels)
             continue
         images = torch.empty((len(labels), IMAGE_SIZE_PX, IMAGE_SIZE_PX, 3), dtype=torch.uint8)
-        for image, position in zip(images.numpy(), table.find(outputs["keys"].numpy()), strict=True):
+        for image, position in zip(images.numpy(), table.find(read_number(outputs["key"]).numpy()), strict=True):
             table.read_into(position, image.reshape(-1), 0)
         yield Batch(images.to(on), labels)
 
 
 def _once(shards: ShardSet, feed: Feed, *, whole: bool) -> DALIGenericIterator:
-    outputs = ["labels", "keys"] if feed.decode == "stored" else ["pixels", "labels", "keys"]
+    outputs = NUMBERS if feed.decode == "stored" else ["pixels", *NUMBERS]
     return iterate(eval_pipeline(shards, feed, whole=whole), outputs, with_padding=False)
 
 

@@ -10,14 +10,15 @@ the others. Left out: epochs, ranks, tensors and checkpoints (loader.py).
 import contextlib
 import hashlib
 import resource
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from pipeline.colorstats import ColorStats
 from pipeline.errors import UserError
 from pipeline.finish import CROP_SIZE_PX, MAX_OFFSET_PX, Transform
 from pipeline.shardset import CLS_DIGITS, ENDINGS, IMAGE_SIZE_PX, KEY_DIGITS, ShardSet
@@ -33,11 +34,12 @@ except ImportError as error:
     ) from error
 
 READER = "reader"
-DRAWN = ["labels", "keys", "offset", "flip", "shift"]  # what a training graph gives besides pixels
+NUMBERS = ["label", "key"]  # what every graph gives besides pixels
+DRAWN = ["y", "x", "flip", "noise"]  # and a training graph besides those
 MAX_BUFFERED_SAMPLES = 4096  # of about 25 KB each: 100 MB a rank
 _TYPICAL_SAMPLE_BYTES = 32768  # what DALI reserves per buffered sample; its default of 1 MiB would be gigabytes
 # Changed with every change to the operators that draw or read: a state of another graph cannot be gone on with.
-GRAPH_VERSION = 2
+GRAPH_VERSION = 3
 
 Device = Literal["cpu", "gpu"]
 Decode = Literal["host", "mixed", "hybrid", "stored"]
@@ -83,21 +85,19 @@ def count_buffered(shards: ShardSet, feed: Feed) -> int:
     return max(1, min(MAX_BUFFERED_SAMPLES, shards.num_samples(feed.split) // feed.world_size))
 
 
-def train_pipeline(
-    shards: ShardSet, colors: ColorStats, transform: Transform, feed: Feed, *, checkpoint: bytes | None = None
-) -> Pipeline:
+def train_pipeline(shards: ShardSet, transform: Transform, feed: Feed, *, checkpoint: bytes | None = None) -> Pipeline:
     """Shuffled training samples with their draws, with checkpointing; from `checkpoint` on, where one is given.
 
-    Outputs: labels int64 (), keys int64 (), offset int32 (2,) as (y, x), flip int32 (), shift float32 (3,) in grey
-    levels; and first of all, unless feed.decode is "stored", the crop at that offset, not flipped: uint8 (224, 224, 3)
-    on feed.device.
+    Outputs: label and key, ASCII digits uint8 (5,) and (9,); y and x, float32 (), the crop's place as a fraction of
+    the room there is; flip int32 (); noise float32 (3,), standard normal; see `read_draws`. And first of all, unless
+    feed.decode is "stored", that crop, not flipped: uint8 (224, 224, 3) on feed.device.
     """
 
     def seed_of(stream: str) -> int:
         return stream_seed(feed.seed, stream, feed.rank)
 
     def define() -> tuple[DataNode, ...]:
-        encoded, labels, keys = _read(
+        encoded, label, key = _read(
             shards,
             feed,
             random_shuffle=True,
@@ -113,28 +113,26 @@ def train_pipeline(
             y = fn.random.uniform(values=positions, seed=seed_of("crop y"))
             x = fn.random.uniform(values=positions, seed=seed_of("crop x"))
         flip = fn.random.coin_flip(seed=seed_of("flip")) if transform.flip else _constant(np.array(0, np.int32))
-        shift = fn.constant(fdata=[0.0, 0.0, 0.0], shape=[3])
+        noise = _constant(np.zeros(3))
         if transform.lighting:
-            basis = _constant(colors.lighting_basis(transform.lighting))
-            shift = fn.reductions.sum(basis * fn.random.normal(shape=[3], seed=seed_of("lighting")), axes=[1])
-        offset = fn.cast(fn.stack(y, x) * MAX_OFFSET_PX, dtype=types.INT32)  # whole numbers already
+            noise = fn.random.normal(shape=[3], seed=seed_of("lighting"))
         pixels = () if feed.decode == "stored" else (_decode(encoded, feed, (y, x)),)
-        return *pixels, labels, keys, offset, flip, shift
+        return *pixels, label, key, y, x, flip, noise
 
     return _build(define, feed, enable_checkpointing=True, checkpoint=checkpoint)
 
 
 def eval_pipeline(shards: ShardSet, feed: Feed, *, whole: bool) -> Pipeline:
-    """Every sample of this rank's part once, in order. Outputs: pixels unless feed.decode is "stored", labels, keys.
+    """Every sample of this rank's part once, in order. Outputs: pixels unless feed.decode is "stored", label, key.
 
     pixels: uint8 on feed.device, the image as stored (256, 256, 3) if `whole`, else its central (224, 224, 3).
     """
 
     def define() -> tuple[DataNode, ...]:
-        encoded, labels, keys = _read(shards, feed, stick_to_shard=True)
+        encoded, label, key = _read(shards, feed, stick_to_shard=True)
         if feed.decode == "stored":
-            return labels, keys
-        return _decode(encoded, feed, None if whole else (0.5, 0.5)), labels, keys
+            return label, key
+        return _decode(encoded, feed, None if whole else (0.5, 0.5)), label, key
 
     return _build(define, feed)
 
@@ -180,6 +178,33 @@ def finish_epoch(iterator: DALIGenericIterator) -> None:
     iterator.reset()
 
 
+class Drawn(NamedTuple):
+    """A batch's labels and keys int64 (B,), offset int32 (B, 2) as (y, x), flip int32 (B,), shift float32 (B, 3)."""
+
+    labels: Tensor
+    keys: Tensor
+    offset: Tensor
+    flip: Tensor
+    shift: Tensor
+
+
+def read_draws(outputs: Mapping[str, Tensor], basis: Tensor | None) -> Drawn:
+    """What a training graph's outputs say. `basis` (3, 3): of the colour shift (ColorStats.lighting_basis), or None.
+
+    For a batch at a time: as operators of the graph the same costs a tenth of the decoding.
+    """
+    offset = (torch.stack([outputs["y"], outputs["x"]], dim=-1) * MAX_OFFSET_PX).to(torch.int32)  # whole already
+    noise = outputs["noise"]
+    shift = torch.zeros_like(noise) if basis is None else (noise[:, None, :] * basis).sum(-1)
+    return Drawn(read_number(outputs["label"]), read_number(outputs["key"]), offset, outputs["flip"], shift)
+
+
+def read_number(digits: Tensor) -> Tensor:
+    """The numbers int64 (B,) that ASCII digits (B, n) spell."""
+    powers = torch.tensor([10**place for place in reversed(range(digits.shape[1]))])
+    return ((digits.to(torch.int64) - ord("0")) * powers).sum(-1)
+
+
 def _build(define: Callable[[], Any], feed: Feed, **options: Any) -> Pipeline:
     pipeline = pipeline_def(
         define,
@@ -197,7 +222,7 @@ def _build(define: Callable[[], Any], feed: Feed, **options: Any) -> Pipeline:
 
 
 def _read(shards: ShardSet, feed: Feed, **options: Any) -> tuple[DataNode, DataNode, DataNode]:
-    """Encoded images uint8 (of stored pixels: the label's digits), labels int64 (), keys int64 (), of this rank's part.
+    """Encoded images uint8 (stored pixels: the label's digits), and the digits of label and key, of this rank's part.
 
     Pixels that lie uncompressed are left in their tars: the reader would copy them, and its shuffle buffer hold them.
     """
@@ -218,7 +243,7 @@ def _read(shards: ShardSet, feed: Feed, **options: Any) -> tuple[DataNode, DataN
     )
     encoded, digits = (read, read) if stored else read
     source = fn.get_property(encoded, key="source_info")  # "folder/train-000000.tar:512:000000042.jpg"
-    return encoded, _number(digits, CLS_DIGITS), _number(source[-KEY_DIGITS - 4 : -4], KEY_DIGITS)
+    return encoded, digits, source[-KEY_DIGITS - 4 : -4]
 
 
 def _allow_open_files(num_files: int) -> None:
@@ -229,12 +254,6 @@ def _allow_open_files(num_files: int) -> None:
         wanted = min(wanted, hard)
     if soft not in (resource.RLIM_INFINITY, wanted) and num_files > soft // 4:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-
-
-def _number(digits: DataNode, num_digits: int) -> DataNode:
-    """The int64 that ASCII digits spell."""
-    powers = _constant(10 ** np.arange(num_digits - 1, -1, -1, dtype=np.int64))
-    return fn.reductions.sum((fn.cast(digits, dtype=types.INT64) - ord("0")) * powers)
 
 
 def _decode(encoded: DataNode, feed: Feed, position: tuple[Any, Any] | None) -> DataNode:

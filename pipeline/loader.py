@@ -33,9 +33,11 @@ from pipeline.finish import Transform, Views
 from pipeline.graph import (
     DRAWN,
     GRAPH_VERSION,
+    NUMBERS,
     count_buffered,
     finish_epoch,
     iterate,
+    read_draws,
     stream_seed,
     take,
     train_pipeline,
@@ -161,9 +163,10 @@ class TrainLoader:
         }
         self._in_flight = InFlight(feed)
         self._source = torch.arange(self.local_batch_size)
-        outputs = DRAWN if feed.decode == "stored" else ["pixels", *DRAWN]
+        self._basis = torch.from_numpy(colors.lighting_basis(lighting)).float() if lighting else None
+        outputs = [*([] if feed.decode == "stored" else ["pixels"]), *NUMBERS, *DRAWN]
         self._start = lambda checkpoint=None: iterate(
-            train_pipeline(shards, colors, transform, feed, checkpoint=checkpoint), outputs, with_padding=True
+            train_pipeline(shards, transform, feed, checkpoint=checkpoint), outputs, with_padding=True
         )
         self._iterator: DALIGenericIterator = self._start()
 
@@ -180,12 +183,12 @@ class TrainLoader:
             self._gate.wait(self.epoch, self._step)
             outputs = take(self._iterator, self._shards, "train")
             self._step += 1
-            offset, flip, shift = outputs["offset"], outputs["flip"], outputs["shift"]
+            labels, keys, offset, flip, shift = drawn = read_draws(outputs, self._basis)
             if self._with_draws:
-                self.draws = Draws(offset, flip, shift, [f"{key:0{KEY_DIGITS}d}" for key in outputs["keys"].tolist()])
-            images = self._assemble(outputs, Views(self._source, offset, flip, shift))
-            labels = outputs["labels"].to(images.device, non_blocking=True)
-            self._in_flight.hold(outputs)
+                self.draws = Draws(offset, flip, shift, [f"{key:0{KEY_DIGITS}d}" for key in keys.tolist()])
+            images = self._assemble(outputs.get("pixels"), keys, Views(self._source, offset, flip, shift))
+            labels = labels.to(images.device, non_blocking=True)
+            self._in_flight.hold((outputs, drawn))
             yield Batch(images, labels)
         self._finish_epoch()
 
