@@ -30,9 +30,9 @@ FFCV_MAX_RESOLUTION_PX = 341  # of the longer side: at 4:3 the shorter is 256; F
 
 NUM_STAGE_PASSES = 4
 STAGES = {  # functions of ours that make up a stage, by the names they are looked up under
-    "decode": "tools.imaging.decode",
-    "resize and crop": "tools.imaging.to_square",
-    "encode": "tools.imaging.encode",
+    "decode": "pipeline.imaging.decode",
+    "resize and crop": "pipeline.imaging.to_square",
+    "encode": "tools.preparer.encode",
 }
 
 Timed = tuple[int, float, int]  # images, seconds, images worked on

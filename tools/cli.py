@@ -18,8 +18,8 @@ from tools.layouts import LAYOUTS
 
 if TYPE_CHECKING:
     from pipeline.colorstats import ColorStats
-    from tools.imaging import Device, Encoding
     from tools.lock import Part
+    from tools.preparer import Device, Encoding
     from tools.sharder import Summary
 
 

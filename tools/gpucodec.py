@@ -3,7 +3,7 @@
 The decision that shaped it: the GPU gets the files that are in order and the CPU the odd ones (other formats, CMYK,
 whatever needs mending, whatever the GPU gives back undone), so that a file is used, mended or refused alike on both.
 One thing escapes it: damage inside a scan is for nvJPEG to notice, where libjpeg-turbo stops at the first wrong code;
-`tools/decoding.py` is the strict one. Decoders, rounding and the order of passes differ, and so does a pixel by a
+`pipeline/decoding.py` is the strict one. Decoders, rounding and the order of passes differ, and so does a pixel by a
 grey level or so. `on_host=True` makes the same calls with nvImageCodec's CPU backend, for machines without a GPU and
 for tests. Left out: choice of the device (the current one of CUDA) and the size of batches.
 """
@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import simplejpeg
 
+from pipeline.decoding import BadImage, check_size
 from pipeline.errors import UserError
-from tools.decoding import BadImage, check_size
-from tools.imaging import Encoding, Prepared, find_windows, resize, try_prepare
-from tools.jpegfile import EOI, is_plain, survey
+from pipeline.imaging import find_windows, resize
+from pipeline.jpegfile import EOI, is_plain, survey
+from tools.preparer import Encoding, Prepared, try_prepare
 
 if TYPE_CHECKING:
     import torch

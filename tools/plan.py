@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.shardset import IMAGE_SIZE_PX, SCHEMA, SPLITS
-from tools.imaging import Device, Encoding
 from tools.lock import Part
+from tools.preparer import Device, Encoding
 from tools.sources import Entry, Source
 
 BYTES_PER_IMAGE = 30_000  # of a photograph at quality 90 with its tar headers; an estimate on the safe side

@@ -14,17 +14,18 @@ from dataclasses import asdict, dataclass, field
 from pathlib import PurePath
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
+from pipeline.decoding import BadImage
 from pipeline.errors import UserError
 from pipeline.shardset import CLS_DIGITS, ENDINGS, KEY_DIGITS, Shard, index_header
 from tools.failures import Failure
-from tools.imaging import BadImage, make_preparer
 from tools.outfolder import JOB_FILE, Written, find_job
 from tools.plan import Options, Unit
+from tools.preparer import make_preparer
 from tools.sources import Entry
 from tools.store import Store
 
 if TYPE_CHECKING:
-    from tools.imaging import Prepared, Preparer
+    from tools.preparer import Prepared, Preparer
 
 TAR_HEADER_BYTES = 512
 TAR_MODE = 0o644

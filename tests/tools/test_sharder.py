@@ -20,8 +20,8 @@ from PIL import Image
 from pipeline.machine import machine_id
 from pipeline.shardset import Manifest, ShardSet, read_json
 from tests.sharding import hash_output, make, read_samples
-from tools.imaging import make_preparer
 from tools.outfolder import TEMPORARY_AGE_S, find_finished
+from tools.preparer import make_preparer
 from tools.sharder import make_shards
 from tools.sources import open_source
 from tools.store import FolderStore

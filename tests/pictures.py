@@ -1,13 +1,13 @@
 """What the tests of preparation share: pictures of known content, files of them, and how near two pictures are."""
 
 import io
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
+from pipeline.imaging import read_square
 from tests import oracle
-from tools.imaging import Prepared, prepare
 
 SIDE = 256
 
@@ -38,12 +38,20 @@ def pixels_of(data: bytes) -> np.ndarray:
         return np.asarray(image.convert("RGB"))
 
 
-def prepare_raw(data: bytes) -> Prepared:
-    return prepare(data, encoding="raw", quality=90)
+class Raw(NamedTuple):
+    """The prepared pixels as bytes, which can be compared; what was repaired."""
+
+    content: bytes
+    repair: str | None
+
+
+def prepare_raw(data: bytes) -> Raw:
+    pixels, repair = read_square(data)
+    return Raw(pixels.tobytes(), repair)
 
 
 def square(data: bytes) -> np.ndarray:
-    """(256, 256, 3) float64: the prepared pixels before they are encoded."""
+    """(256, 256, 3) float64: the prepared pixels."""
     return np.frombuffer(prepare_raw(data).content, np.uint8).reshape(SIDE, SIDE, 3).astype(np.float64)
 
 

@@ -1,83 +1,42 @@
-"""Any image's bytes -> the 256x256 RGB sample that a shard holds.
+"""Any image's bytes -> the 256x256 RGB pixels that a shard holds, or a prediction is made from.
 
 The decision that shaped it: AlexNet's preparation exactly (paper, section 2: shorter side to 256, then the central
-256x256), with one antialiased filter and one encoder for every file. The filter is torch's bicubic on uint8: twice
-the speed of OpenCV's area filter and 1.5 dB nearer to Lanczos. The same bytes come out for the same input in any
-process, batch and order; they depend on the versions of torch and simplejpeg only, not on the CPU: torch's kernels for
-AVX-512, AVX2 and neither, and libjpeg-turbo's for AVX2, SSE2 and neither, agree to the bit, and torch starts no thread
-for one image. A GPU gives other bytes, within a grey level or so (gpucodec.py). Left out: decoding (decoding.py),
-where bytes come from (sources.py) and what becomes of a failure (sharder.py).
+256x256), with one antialiased filter for every file, so that a net asked about a photograph sees what it would have
+been trained on. The filter is torch's bicubic on uint8: twice the speed of OpenCV's area filter and 1.5 dB nearer to
+Lanczos. The same pixels come out for the same input in any process, batch and order; they depend on the versions of
+torch and simplejpeg only, not on the CPU: torch's kernels for AVX-512, AVX2 and neither, and libjpeg-turbo's for AVX2,
+SSE2 and neither, agree to the bit, and torch starts no thread for one image. Left out: decoding (decoding.py) and the
+encoding of samples (tools/preparer.py).
 """
 
 import math
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import simplejpeg
 
+from pipeline.decoding import BadImage, Decoded, Pixels, decode
 from pipeline.shardset import IMAGE_SIZE_PX
-from tools.decoding import BadImage, Decoded, Pixels, decode
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["BadImage", "Device", "Encoding", "Prepared", "Preparer", "make_preparer", "prepare"]
-
-Device = Literal["cpu", "gpu"]
-Encoding = Literal["jpeg", "raw"]
 _SUPPORT_PX = 2  # of the bicubic filter, on each side, at scale 1
 
 
-class Prepared(NamedTuple):
-    """A sample's bytes; `repair` says what was wrong with a file that could be used all the same."""
+class Square(NamedTuple):
+    """Pixels (256, 256, 3) uint8 RGB; `repair` says what was wrong with a file that could be used all the same."""
 
-    content: bytes
+    pixels: Pixels
     repair: str | None
 
 
-Preparer = Callable[[Sequence[bytes]], list["Prepared | BadImage"]]
-
-
-def make_preparer(*, device: Device, encoding: Encoding, quality: int) -> Preparer:
-    """A function from encoded images to samples in the same order; a bad image becomes its BadImage.
-
-    It raises nothing but MemoryError. `device="gpu"` decodes, resizes and encodes on the current CUDA device and
-    leaves odd files to the CPU; raises UserError without such a device.
-    """
-    if device == "gpu":
-        from tools.gpucodec import GpuPreparer
-
-        return GpuPreparer(encoding=encoding, quality=quality)
-
-    def prepare_all(contents: Sequence[bytes]) -> list[Prepared | BadImage]:
-        return [try_prepare(data, encoding=encoding, quality=quality) for data in contents]
-
-    return prepare_all
-
-
-def try_prepare(data: bytes, *, encoding: Encoding, quality: int) -> Prepared | BadImage:
-    """`prepare`, with the failure as a value."""
-    try:
-        return prepare(data, encoding=encoding, quality=quality)
-    except BadImage as error:
-        return error
-
-
-def prepare(data: bytes, *, encoding: Encoding, quality: int) -> Prepared:
-    """Encoded image -> baseline 4:2:0 JPEG without metadata, or 256x256x3 raw bytes (HWC, RGB). Raises BadImage."""
+def read_square(data: bytes) -> Square:
+    """Decode an image and cut it to size. Raises BadImage."""
     decoded = decode(data)
     try:
-        square = to_square(decoded)
+        return Square(to_square(decoded), decoded.repair)
     except RuntimeError as error:
         raise BadImage.of(error) from error
-    content = square.tobytes() if encoding == "raw" else encode(square, quality=quality)
-    return Prepared(content, decoded.repair)
-
-
-def encode(square: Pixels, *, quality: int) -> bytes:
-    """(256, 256, 3) RGB -> baseline JPEG with 4:2:0 chroma and no metadata."""
-    return simplejpeg.encode_jpeg(square, quality=quality, colorspace="RGB", colorsubsampling="420")
 
 
 def to_square(decoded: Decoded) -> Pixels:

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.tools.pictures import SIDE, distance, noise, picture, pixels_of, prepare_raw, save, square
-from tools.decoding import BadImage, decode
-from tools.imaging import prepare
+from pipeline.decoding import BadImage, decode
+from tests.pictures import SIDE, distance, noise, picture, pixels_of, prepare_raw, save, square
 
 # 16x16 pixels (16 x, 16 y, 255 - 8 x - 8 y), made with libjpeg-turbo 3, which Pillow's interface cannot ask for.
 ARITHMETIC = base64.b64decode(
@@ -192,7 +191,7 @@ def test_orientation_and_colour_profile_are_ignored():
     exif = Image.Exif()
     exif[0x0112] = 6
     turned = save(image, "JPEG", exif=exif, icc_profile=b"not a profile" * 9)
-    assert prepare(turned, encoding="jpeg", quality=90) == prepare(save(image, "JPEG"), encoding="jpeg", quality=90)
+    assert prepare_raw(turned) == prepare_raw(save(image, "JPEG"))
 
 
 def test_a_thumbnail_inside_is_not_the_picture():

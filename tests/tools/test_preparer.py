@@ -1,92 +1,20 @@
-"""Preparation of whole images against a slow exact filter; format, fidelity, determinism; batches."""
+"""Samples as shards hold them: format, fidelity, determinism; batches, and what becomes of a bad image in one."""
 
 import hashlib
 import io
 import os
-import pickle
 import subprocess
 import sys
 
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
 from PIL import Image
 
+from pipeline import decoding, imaging
+from pipeline.decoding import BadImage
 from pipeline.errors import UserError
-from tests import oracle
-from tests.tools.pictures import SIDE, noise, picture, pixels_of, prepare_raw, psnr, save, square
-from tools import decoding, imaging
-from tools.imaging import BadImage, Prepared, make_preparer, prepare
-
-# Each pass rounds to whole grey levels: half a level after the first, spread over the taps of the second, and half
-# again; a level more for 16-bit weights. Seen on noise: 2 and 0.33.
-MAX_ERROR, MEAN_ERROR = 3, 0.4
-
-
-@settings(max_examples=25, deadline=None)
-@given(st.integers(1, 700), st.integers(1, 700), st.integers(0, 5))
-def test_resize_and_crop_equal_the_exact_filter_within_rounding_for_every_shape(width, height, seed):
-    # Beyond an aspect of 3 the start of the longer side may be cut within a quarter of an output pixel: below.
-    width, height = min(width, 3 * height), min(height, 3 * width)
-    image = noise(width, height, seed)
-    difference = np.abs(square(save(image, "PNG", compress_level=0)) - oracle.central_square(np.asarray(image)))
-    assert difference.shape == (SIDE, SIDE, 3)
-    assert difference.max() <= MAX_ERROR and difference.mean() <= MEAN_ERROR
-
-
-@pytest.mark.parametrize(("width", "height"), [(1, 5000), (5000, 1), (3000, 8), (16, 4096), (256, 1500), (512, 2500)])
-def test_extreme_aspects_with_whole_scales_are_exact_though_only_the_middle_is_touched(width, height):
-    image = noise(width, height)
-    difference = np.abs(square(save(image, "PNG")) - oracle.central_square(np.asarray(image)))
-    assert difference.max() <= MAX_ERROR and difference.mean() <= MEAN_ERROR
-
-
-@settings(max_examples=300, deadline=None)
-@example(769, 6000)  # half a pixel of the decoded picture at every other multiple of 256 outputs
-@given(st.integers(1, 4000), st.integers(1, 65_535))
-def test_windows_hold_what_the_crop_needs_and_little_more_and_start_within_a_quarter_of_an_output(one, other):
-    shorter, longer = min(one, other), max(one, other)
-    divisor = next((divisor for divisor in (8, 4, 2) if shorter >= 384 * divisor), 1)
-    for side, window in zip((longer, shorter), imaging.find_windows(longer, shorter, divisor), strict=True):
-        resized = max(SIDE, round(side * SIDE / shorter))
-        assert window.scale == pytest.approx(side / divisor / resized)
-        support = 2 * max(window.scale, 1.0)
-        first_output = (resized - SIDE) // 2 - window.skip
-        assert first_output >= 0
-        assert abs(window.start - first_output * window.scale) <= 0.25 * window.scale + 1e-6
-        # What the crop's first and last output see, in decoded pixels.
-        first, last = ((resized - SIDE) // 2 + at for at in (0.5, SIDE - 0.5))
-        assert window.start == 0 or window.start <= first * window.scale - support
-        assert window.stop == -(-side // divisor) or window.stop >= last * window.scale + support
-        assert window.skip <= SIDE * divisor + (support + 2) / window.scale + 1
-        assert window.stop - window.start <= (window.skip + SIDE) * window.scale + support + 4
-
-
-@pytest.mark.parametrize(("width", "height"), [(1001, 271), (301, 3001), (30_000, 7)])
-def test_other_extreme_aspects_are_within_a_quarter_of_a_pixel(width, height):
-    image = picture(width, height)
-    exact = oracle.central_square(np.asarray(image))
-    difference = np.abs(square(save(image, "PNG")) - exact)
-    slope = max(np.abs(np.diff(exact, axis=axis)).max() for axis in (0, 1))
-    assert difference.max() <= MAX_ERROR + 0.25 * slope
-
-
-@pytest.mark.parametrize(("width", "height"), [(768, 768), (1500, 1029), (4100, 600), (3201, 3211), (769, 2001)])
-def test_a_large_jpeg_decoded_at_a_fraction_stays_in_place_and_faithful(width, height):
-    data = save(picture(400, 401).resize((width, height), Image.Resampling.BICUBIC), "JPEG", quality=95)
-    decoded = decoding.decode(data)
-    divisor = {768: 2, 1029: 2, 600: 1, 3201: 8, 769: 2}[min(width, height)]
-    assert decoded.divisor == divisor
-    assert decoded.pixels.shape == (-(-height // divisor), -(-width // divisor), 3)
-    difference = np.abs(square(data) - oracle.central_square(pixels_of(data)))
-    assert difference.mean() < 0.6 and difference.max() <= 6
-
-
-def test_a_jpeg_of_less_than_three_times_the_size_is_decoded_in_full():
-    data = save(noise(767, 800), "JPEG", quality=95)
-    assert decoding.decode(data).divisor == 1
-    assert np.abs(square(data) - oracle.central_square(pixels_of(data))).max() <= MAX_ERROR
+from tests.pictures import SIDE, noise, picture, pixels_of, prepare_raw, psnr, save, square
+from tools.preparer import Prepared, make_preparer, prepare
 
 
 def test_the_output_is_a_baseline_420_jpeg_of_256_square_without_metadata():
@@ -112,8 +40,8 @@ def test_quality_is_obeyed():
 
 def test_raw_is_what_the_jpeg_encodes():
     data = save(picture(500, 375), "JPEG", quality=95)
-    raw, jpeg = prepare_raw(data), prepare(data, encoding="jpeg", quality=100)
-    assert raw == Prepared(raw.content, None) and len(raw.content) == SIDE * SIDE * 3
+    raw, jpeg = (prepare(data, encoding=encoding, quality=100) for encoding in ("raw", "jpeg"))
+    assert raw == Prepared(*prepare_raw(data)) and len(raw.content) == SIDE * SIDE * 3
     assert np.abs(square(data) - pixels_of(jpeg.content)).mean() < 1
 
 
@@ -143,12 +71,6 @@ def test_a_batch_keeps_its_order_and_isolates_bad_images():
     assert make_preparer(device="cpu", encoding="raw", quality=90)([]) == []
 
 
-def test_a_bad_image_can_be_sent_between_processes():
-    error = BadImage("no picture", "ValueError")
-    copy = pickle.loads(pickle.dumps(error))
-    assert (copy.reason, copy.exception, str(copy)) == ("no picture", "ValueError", "no picture (ValueError)")
-
-
 @pytest.mark.parametrize("message", ["Insufficient memory (case 4)", "DefaultCPUAllocator: can't allocate memory"])
 @pytest.mark.parametrize("place", ["decode", "resize"])
 def test_a_machine_out_of_memory_is_not_the_fault_of_the_image(monkeypatch, message, place):
@@ -176,7 +98,7 @@ def test_a_gpu_is_asked_for_in_vain_with_a_remedy():
 DIGEST = """
 import hashlib, sys
 from pathlib import Path
-from tools.imaging import make_preparer
+from tools.preparer import make_preparer
 contents = [Path(name).read_bytes() for name in sys.argv[1:]]
 results = make_preparer(device="cpu", encoding="jpeg", quality=90)(contents)
 print(hashlib.sha256(b"".join(result.content for result in results)).hexdigest())
