@@ -114,9 +114,12 @@ def alexnet(recipe: Any, weights: Mapping[str, Array], images: Array) -> Array:
         if not recipe.lrn:
             return x
         constants = {"k": recipe.lrn_k, "n": recipe.lrn_n, "alpha": recipe.lrn_alpha, "beta": recipe.lrn_beta}
-        return lrn(x, num_towers=towers, alpha_over_n=recipe.lrn_alpha_over_n, **constants)
+        return lrn(
+            x, num_towers=1 if recipe.lrn_across_towers else towers, alpha_over_n=recipe.lrn_alpha_over_n, **constants
+        )
 
-    x = np.pad(images, ((0, 0), (0, 0), (0, 3), (0, 3)))
+    zeros = (2, 1) if recipe.conv1_pad == "both" else (0, 3)
+    x = np.pad(images, ((0, 0), (0, 0), zeros, zeros))
     x = convolve(x, "conv1", stride=4)
     if recipe.conv1_order == "relu-lrn-pool":
         x = pool(normalise(activate(x)))

@@ -17,7 +17,8 @@ from torch.nn import functional
 from trainer.recipe import Recipe
 
 HIDDEN_BIAS_LAYERS = ("conv2", "conv4", "conv5", "fc6", "fc7")  # P 5, with S: fc8's is 0
-_INPUT_PAD_PX = 3  # S: ceil geometry, 55 = ceil((224 - 11) / 4) + 1: three zero pixels at the right and bottom
+_PADS_PX = {"end": (0, 3), "both": (2, 1)}  # S: ceil geometry, 55 = ceil((224 - 11) / 4) + 1: zeros before and after
+_PADDED_PX = 227  # an image that has them already (Caffe's crop) is taken as it is
 _SPATIAL_SIZE, _SPATIAL_SCALE, _SPATIAL_POWER, _SPATIAL_K = 5, 0.001, 0.75, 1.0  # S, the second norm of conv2
 _BLOCK_ELEMENTS = 1 << 17  # float32 temporaries of half a megabyte: a few fit into one core's second-level cache
 
@@ -25,7 +26,8 @@ _BLOCK_ELEMENTS = 1 << 17  # float32 temporaries of half a megabyte: a few fit i
 class AlexNet(nn.Module):
     """The network of P 3.5. Weights are those of torch's layers until `from_recipe` or `initialise` draws the recipe's.
 
-    In: images (B, 3, 224, 224), float32, float64 or, under autocast, any; channels_last is fastest.
+    In: images (B, 3, 224, 224), float32, float64 or, under autocast, any; channels_last is fastest. Images of 227 pixels
+    have the paper's three extra ones already.
     Out: logits (B, num_classes). Sizes in the margin are those of width 1.
     """
 
@@ -37,7 +39,7 @@ class AlexNet(nn.Module):
         def scaled(size: int) -> int:
             return towers * max(1, round(size * recipe.width / towers))
 
-        maps1, maps2, maps3, maps4, maps5 = scaled(96), scaled(256), scaled(384), scaled(384), scaled(256)
+        maps1, maps2, maps3, maps4, maps5 = map(scaled, recipe.maps)
         units6, units7 = scaled(4096), scaled(4096)
         self.conv1 = nn.Conv2d(3, maps1, 11, stride=4)  #                         11x11x3,  S: 48 + 48
         self.conv2 = nn.Conv2d(maps1, maps2, 5, padding=2, groups=towers)  #      5x5x48,   128 + 128
@@ -59,7 +61,8 @@ class AlexNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         recipe = self.recipe
-        x = functional.pad(images, (0, _INPUT_PAD_PX, 0, _INPUT_PAD_PX))  # 227x227x3
+        pad = (0, 0) if images.shape[-1] == _PADDED_PX else _PADS_PX[recipe.conv1_pad]
+        x = functional.pad(images, pad * 2)  #                                227x227x3
         x = self.conv1(x)  #                                                  55x55x96
         if recipe.conv1_order == "relu-lrn-pool":
             x = self._pool(self._normalise(self._activate(x)))  #             27x27x96, P 3.5
@@ -73,8 +76,9 @@ class AlexNet(nn.Module):
         x = self._activate(self.conv4(x))  #                                  13x13x384
         x = self._pool(self._activate(self.conv5(x)))  #                      6x6x256; S pools first: the same function
         x = x.flatten(1)  #                            9216: map * 36 + row * 6 + column, whatever the memory format
-        x = functional.dropout(self._activate(self.fc6(x)), recipe.dropout, self.training)  # 4096
-        x = functional.dropout(self._activate(self.fc7(x)), recipe.dropout, self.training)  # 4096
+        before, after = (self._drop, nn.Identity()) if recipe.dropout_at == "inputs" else (nn.Identity(), self._drop)
+        x = after(self._activate(self.fc6(before(x))))  #                     4096
+        x = after(self._activate(self.fc7(before(x))))  #                     4096
         return self.fc8(x)  #                                                 num_classes
 
     def initialise(self, seed: int) -> None:
@@ -90,6 +94,9 @@ class AlexNet(nn.Module):
     def _activate(self, x: Tensor) -> Tensor:
         return torch.tanh(x) if self.recipe.activation == "tanh" else torch.relu(x)
 
+    def _drop(self, x: Tensor) -> Tensor:
+        return functional.dropout(x, self.recipe.dropout, self.training)
+
     def _pool(self, x: Tensor) -> Tensor:
         return functional.max_pool2d(x, kernel_size=3 if self.recipe.overlapping_pool else 2, stride=2)
 
@@ -103,7 +110,7 @@ class AlexNet(nn.Module):
             n=r.lrn_n,
             alpha=r.lrn_alpha,
             beta=r.lrn_beta,
-            num_towers=r.num_towers,
+            num_towers=1 if r.lrn_across_towers else r.num_towers,
             alpha_over_n=r.lrn_alpha_over_n,
         )
 

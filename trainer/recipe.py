@@ -40,7 +40,9 @@ class Recipe:
 
     # Network.
     width: float = 1.0  # fraction of every layer's kernels and units; 1.0 is P 3.5
+    maps: tuple[int, ...] = (96, 256, 384, 384, 256)  # P 3.5: kernels of conv1 to conv5 at width 1
     num_towers: Literal[1, 2] = 2  # P 3.2: one half of the kernels per GPU
+    conv1_pad: Literal["end", "both"] = "end"  # S: 3 zero pixels right and bottom; "both": 2 before, 1 after (2014)
     activation: Literal["relu", "tanh"] = "relu"  # P 3.1
     lrn: bool = True  # P 3.3
     lrn_k: float = 2.0  # P 3.3
@@ -48,10 +50,12 @@ class Recipe:
     lrn_alpha: float = 1e-4  # P 3.3
     lrn_beta: float = 0.75  # P 3.3
     lrn_alpha_over_n: bool = False  # P 3.3 prints alpha * sum; S (and torch) alpha / n * sum
+    lrn_across_towers: bool = False  # S: each GPU saw its own maps; true: windows over all maps, as Caffe's one GPU
     spatial_norm: bool = False  # S: a second, spatial normalisation after conv2's; not in P
     conv1_order: Literal["relu-lrn-pool", "lrn-pool-relu"] = "relu-lrn-pool"  # P 3.5; the other is S
     overlapping_pool: bool = True  # P 3.4: 3x3 windows at stride 2; false: 2x2 at stride 2
-    dropout: float = 0.5  # P 4.2, outputs of fc6 and fc7
+    dropout: float = 0.5  # P 4.2
+    dropout_at: Literal["outputs", "inputs"] = "outputs"  # of fc6 and fc7; P 4.2: outputs, torchvision: inputs
     init: Literal["paper", "original", "he"] = "paper"  # P 5: N(0, 0.01); S: 0.03 in conv3-5; "he": He et al. 2015
     hidden_bias: float = 1.0  # P 5: in conv2, conv4, conv5, fc6, fc7; the others start at 0
 
@@ -92,6 +96,7 @@ _AT_LEAST_1 = (lambda value: value >= 1, "a whole number of 1 or more")
 _LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "name": (lambda value: re.fullmatch(r"[A-Za-z0-9_-]+", value) is not None, "letters, digits, - and _"),
     "lighting_off_epoch": _AT_LEAST_1,
+    "maps": (lambda value: len(value) == 5 and min(value) >= 1, "five whole numbers of 1 or more, of conv1 to conv5"),
     "width": (lambda value: 0 < value <= 4, "more than 0 and at most 4"),
     "lrn_k": _POSITIVE,
     "lrn_n": (lambda value: value >= 3 and value % 2 == 1, "an odd number of 3 or more"),
@@ -145,13 +150,26 @@ def to_dict(recipe: Recipe) -> dict[str, Any]:
 
 
 def from_dict(values: dict[str, Any]) -> Recipe:
-    """The recipe that `to_dict` wrote. Raises UserError for unknown or missing fields and values that do not fit."""
+    """The recipe that `to_dict` wrote, an earlier version's too.
+
+    Raises UserError for unknown or missing fields and values that do not fit.
+    """
+    values = {**_CAME_LATER, **values}
     known = [field.name for field in fields(Recipe)]
     unknown, missing = sorted(set(values) - set(known)), [field for field in known if field not in values]
     if unknown or missing:
         faults = [f"{kind} {', '.join(map(str, n))}" for kind, n in (("unknown", unknown), ("missing", missing)) if n]
         raise UserError(f"recipe: got fields {' and '.join(faults)}, expected those of this version of alexnet-dali")
     return Recipe(**{field: _tupled(value) for field, value in values.items()})
+
+
+# Fields that the first runs do not have in their files, as they were then.
+_CAME_LATER: dict[str, Any] = {
+    "maps": [96, 256, 384, 384, 256],
+    "conv1_pad": "end",
+    "lrn_across_towers": False,
+    "dropout_at": "outputs",
+}
 
 
 def _error(field: str, got: object, expected: str) -> UserError:
@@ -254,4 +272,26 @@ _SMALL = replace(
 # The synthetic thousand of `make demo`, in two minutes of two CPU cores; at a rate of 0.01 the loss once fell back.
 _DEMO = replace(_SMALL, name="demo", width=0.25, dropout=0.2, lr=0.005, global_batch_size=32, epochs=20)
 
-RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (_PAPER, _ORIGINAL, _SMALL, _DEMO)}
+# "One weird trick for parallelizing convolutional neural networks" (Krizhevsky 2014), in the form that torchvision
+# trained: its net layer by layer, and its reference script's batch, rate, decay and cuts. Initial weights: He's, where
+# torchvision keeps torch's own. Crops and flips stay ours, where torchvision's are of random size and shape.
+_OWT = replace(
+    _PAPER,
+    name="owt",
+    mean="channel",
+    unit_variance=True,
+    lighting=None,
+    maps=(64, 192, 384, 256, 256),
+    num_towers=1,
+    conv1_pad="both",
+    lrn=False,
+    dropout_at="inputs",
+    init="he",
+    hidden_bias=0.0,
+    global_batch_size=256,
+    weight_decay=0.0001,
+    schedule="milestones",
+    lr_milestones=(31, 61),
+)
+
+RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (_PAPER, _ORIGINAL, _SMALL, _DEMO, _OWT)}

@@ -65,6 +65,8 @@ def layer_outputs(net: AlexNet, images: Tensor) -> dict[str, Tensor]:
         pytest.param(narrow("original"), id="original"),
         pytest.param(narrow("paper", "num_towers=1", "overlapping_pool=false"), id="one tower, pools 2/2"),
         pytest.param(narrow("original", "lrn=false", "activation=tanh"), id="tanh without LRN"),
+        pytest.param(narrow("owt"), id="owt"),
+        pytest.param(narrow("paper", "lrn_across_towers=true", "lrn_alpha=0.01"), id="LRN across towers"),
     ],
 )
 def test_whole_network_agrees_with_the_oracle_forward_and_backward(recipe: Recipe) -> None:
@@ -241,6 +243,24 @@ def test_dropout_drops_only_in_training_and_doubles_the_rest() -> None:
     assert (thinned["fc8.in"] == 0).sum() > (torch.relu(thinned["fc7"]) == 0).sum()  # and after fc7
 
 
+def test_dropout_at_the_inputs_drops_before_fc6_and_fc7_and_not_after() -> None:
+    net, images = double_net(narrow("paper", "dropout_at=inputs", width=1 / 4)), random_images(1)
+    whole = layer_outputs(net, images)
+    torch.manual_seed(0)
+    thinned = layer_outputs(net.train(), images)
+    active = whole["fc6.in"] != 0
+    kept = thinned["fc6.in"] != 0
+    assert 0.4 < (kept.sum() / active.sum()).item() < 0.6
+    torch.testing.assert_close(thinned["fc6.in"][kept], 2.0 * whole["fc6.in"][kept], rtol=1e-12, atol=0.0)
+    assert (thinned["fc7.in"] == 0).sum() > (torch.relu(thinned["fc6"]) == 0).sum()
+    assert torch.equal(thinned["fc8.in"], torch.relu(thinned["fc7"]))
+
+
+def test_an_image_with_the_three_extra_pixels_is_taken_as_it_is() -> None:
+    net, images = double_net(narrow("paper")), random_images(1)
+    assert torch.equal(net(torch.nn.functional.pad(images, (0, 3, 0, 3))), net(images))
+
+
 def test_dropout_zero_is_the_same_in_training() -> None:
     net, images = double_net(narrow("paper", "dropout=0")), random_images(1)
     assert torch.equal(net.train()(images), net.eval()(images))
@@ -259,6 +279,8 @@ def test_dropout_zero_is_the_same_in_training() -> None:
         "activation=tanh",
         "spatial_norm=true",
         "conv1_order=lrn-pool-relu",
+        "conv1_pad=both",
+        "lrn_across_towers=true",
     ],
 )
 def test_each_switch_changes_the_function(setting: str) -> None:

@@ -26,7 +26,9 @@ def test_paper_has_the_papers_constants() -> None:
         "lighting": "paper",
         "lighting_off_epoch": None,
         "width": 1.0,
+        "maps": [96, 256, 384, 384, 256],
         "num_towers": 2,
+        "conv1_pad": "end",
         "activation": "relu",
         "lrn": True,
         "lrn_k": 2.0,
@@ -34,10 +36,12 @@ def test_paper_has_the_papers_constants() -> None:
         "lrn_alpha": 1e-4,
         "lrn_beta": 0.75,
         "lrn_alpha_over_n": False,
+        "lrn_across_towers": False,
         "spatial_norm": False,
         "conv1_order": "relu-lrn-pool",
         "overlapping_pool": True,
         "dropout": 0.5,
+        "dropout_at": "outputs",
         "init": "paper",
         "hidden_bias": 1.0,
         "global_batch_size": 128,
@@ -81,7 +85,7 @@ def test_recipes_are_known_by_their_names() -> None:
     assert {"paper", "original", "small", "demo"} <= set(RECIPES)
 
 
-@pytest.mark.parametrize("name", ["small", "demo"])
+@pytest.mark.parametrize("name", ["small", "demo", "owt"])
 def test_recipes_on_unit_variance_do_not_take_the_papers_initial_weights(name: str) -> None:
     """The commonest failure: 0.01 weights on unit-variance input stay at ln(classes)."""
     assert RECIPES[name].unit_variance
@@ -153,6 +157,7 @@ def test_overrides_apply_together_and_the_last_wins() -> None:
         ("global_batch_size=-128", "got -128"),
         ("lrn=maybe", "field lrn: got 'maybe', expected true or false"),
         ("lrn_n=4", "field lrn_n: got 4, expected an odd number"),
+        ("maps=64,192,384,256", "field maps: got (64, 192, 384, 256), expected five whole numbers"),
         ("num_towers=3", "field num_towers: got '3', expected 1 or 2"),
         ("activation=gelu", "field activation: got 'gelu', expected relu or tanh"),
         ("lighting=strong", "field lighting: got 'strong', expected paper or original or none"),
@@ -209,6 +214,13 @@ def test_round_trip_through_json_is_exact(recipe: Recipe) -> None:
     restored = from_dict(json.loads(json.dumps(to_dict(recipe))))
     assert restored == recipe
     assert to_dict(restored) == to_dict(recipe)
+
+
+def test_a_recipe_of_the_first_runs_is_read_as_it_was() -> None:
+    first = to_dict(RECIPES["demo"])
+    for field in ("maps", "conv1_pad", "lrn_across_towers", "dropout_at"):
+        del first[field]
+    assert from_dict(first) == RECIPES["demo"]
 
 
 def broken(**changes: Any) -> dict[str, Any]:
