@@ -26,8 +26,8 @@ _BLOCK_ELEMENTS = 1 << 17  # float32 temporaries of half a megabyte: a few fit i
 class AlexNet(nn.Module):
     """The network of P 3.5. Weights are those of torch's layers until `from_recipe` or `initialise` draws the recipe's.
 
-    In: images (B, 3, 224, 224), float32, float64 or, under autocast, any; channels_last is fastest. Images of 227 pixels
-    have the paper's three extra ones already.
+    In: images (B, 3, 224, 224), float32, float64 or, under autocast, any; channels_last is fastest. Images of 227 are
+    taken to have the three extra pixels already.
     Out: logits (B, num_classes). Sizes in the margin are those of width 1.
     """
 
