@@ -1,47 +1,27 @@
 """The pictures of a run, in one style: what it learned over time, and what its first layer sees.
 
 The decision that shaped it: a picture is built by a function that returns a matplotlib Figure, or the very pixels, and
-is written by another, so that what it shows can be tested without looking at it. Colours are Okabe and Ito's, told
-apart by the colour-blind; marker and line style differ as well, for print. Matplotlib (Agg, no display) is imported on
-use: training runs without it. Left out: the choice of what goes into a report (report.py).
+is written by another, so that what it shows can be tested without looking at it. Matplotlib is imported on use:
+training runs without it. Left out: the style (drawing.py), and the choice of what goes into a report (report.py).
 """
 
-import io
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from pipeline.shardset import write_atomic
+from trainer.drawing import BLUE, DPI, GREY, VERMILION, style, write_png
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-BLUE, VERMILION, GREY = "#0072B2", "#D55E00", "#666666"
 KERNELS_PER_ROW = 16  # paper, figure 3: 96 kernels as 6 rows of 16, three rows a tower
 _WIDTH_PX, _TITLE_WIDTH_PX = 1200, 720
 _LARGEST_SCALE = 16
-_DPI = 150
-_STYLE: Any = {
-    "font.family": "DejaVu Sans",  # comes with matplotlib: the same picture everywhere
-    "font.size": 12,
-    "axes.labelsize": 12,
-    "axes.titlesize": 13,
-    "legend.fontsize": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#DDDDDD",
-    "axes.axisbelow": True,
-    "lines.linewidth": 2.0,
-    "lines.markersize": 6.0,
-    "legend.frameon": False,
-}
 
 Record = dict[str, Any]
 Floats = NDArray[np.float64]
@@ -49,8 +29,8 @@ Floats = NDArray[np.float64]
 
 def plot_curves(metrics: Sequence[Record], path: Path, *, num_classes: int | None = None) -> None:
     """Write `curves_figure` to `path` as a PNG, atomically; the same records give the same bytes."""
-    with _style():
-        _write(curves_figure(metrics, num_classes=num_classes), path)
+    with style():
+        write_png(curves_figure(metrics, num_classes=num_classes), path)
 
 
 def curves_figure(metrics: Sequence[Record], *, num_classes: int | None = None) -> "Figure":
@@ -65,7 +45,7 @@ def curves_figure(metrics: Sequence[Record], *, num_classes: int | None = None) 
     train = [record for record in metrics if record["kind"] == "train"]
     centre = [record for record in metrics if record["kind"] == "eval" and record["crops"] == "centre"]
     ten = [record for record in metrics if record["kind"] == "eval" and record["crops"] == "ten"]
-    with _style():
+    with style():
         figure = Figure(figsize=(9.0, 7.2), layout="constrained")
         errors, losses = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
         for name, field, colour, marker in (
@@ -120,8 +100,8 @@ def plot_kernels(weight: ArrayLike, path: Path, num_towers: int) -> None:
         max(_TITLE_WIDTH_PX, grids[0].shape[1]) + 2 * margin_px,
         title_px + sum(label_px + len(grid) for grid in grids) + margin_px,
     )
-    with _style():
-        figure = Figure(figsize=(page_px[0] / _DPI, page_px[1] / _DPI), dpi=_DPI)
+    with style():
+        figure = Figure(figsize=(page_px[0] / DPI, page_px[1] / DPI), dpi=DPI)
 
         def write(text: str, bottom_px: int, size: float) -> None:
             figure.text(margin_px / page_px[0], bottom_px / page_px[1], text, fontsize=size, va="bottom")
@@ -134,7 +114,7 @@ def plot_kernels(weight: ArrayLike, path: Path, num_towers: int) -> None:
                 write(f"tower {index + 1}", bottom_px + 8, 8)
             bottom_px -= len(grid)
             figure.figimage(grid, margin_px, bottom_px, origin="upper")
-        _write(figure, path)
+        write_png(figure, path)
 
 
 def kernel_grid(weight: ArrayLike, num_towers: int) -> list[NDArray[np.uint8]]:
@@ -210,21 +190,3 @@ def _mark_cuts(errors: "Axes", losses: "Axes", metrics: Sequence[Record], per_ep
                 color=GREY,
                 bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.0},
             )
-
-
-@contextmanager
-def _style() -> Iterator[None]:
-    """Our style on matplotlib's defaults, whatever the user's matplotlibrc says."""
-    import matplotlib as mpl
-
-    with mpl.rc_context():
-        mpl.rcdefaults()
-        mpl.rcParams.update(_STYLE)
-        yield
-
-
-def _write(figure: "Figure", path: Path) -> None:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=_DPI, metadata={"Software": None})  # no version: the same bytes anywhere
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, buffer.getvalue())
