@@ -258,6 +258,12 @@ def report() -> None:
     console.run(_report)
 
 
+def predict() -> None:
+    from trainer.cli_nets import predict
+
+    console.run(predict)
+
+
 def bench() -> None:
     from trainer.cli_bench import command
 

@@ -8,7 +8,7 @@ loader's).
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,13 +16,15 @@ from torch.nn import functional
 
 from pipeline.colorstats import ColorStats
 from pipeline.errors import UserError
-from pipeline.loader import EvalLoader
 from pipeline.shardset import ShardSet
 from trainer.checkpoint import load
 from trainer.distributed import Ranks, reduce_sum
 from trainer.model import AlexNet
 from trainer.recipe import Recipe, from_dict
 from trainer.runlog import BEST, CHECKPOINTS, LAST, METRICS, MetricsLog
+
+if TYPE_CHECKING:
+    from pipeline.loader import EvalLoader
 
 Crops = Literal["centre", "ten"]
 BATCH_SIZE = {"centre": 128, "ten": 16}
@@ -52,7 +54,9 @@ def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
 
 def make_eval_loader(
     shards: ShardSet, colors: ColorStats, recipe: Recipe, ranks: Ranks, crops: Crops, num_threads: int | None = None
-) -> EvalLoader:
+) -> "EvalLoader":
+    from pipeline.loader import EvalLoader  # here: it needs DALI, which a prediction does not
+
     return EvalLoader(
         shards,
         colors,
@@ -69,7 +73,7 @@ def make_eval_loader(
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, loader: EvalLoader, ranks: Ranks, dtype: torch.dtype, num_expected: int) -> Errors:
+def evaluate(model: nn.Module, loader: "EvalLoader", ranks: Ranks, dtype: torch.dtype, num_expected: int) -> Errors:
     """The errors of `model` over all ranks, the softmax outputs averaged over ten crops (paper, section 4.1).
 
     dtype: torch.bfloat16 for autocast, else torch.float32. Raises UserError if another number of images came.

@@ -42,6 +42,7 @@ from trainer.runlog import (
     environment,
     write_config,
 )
+from trainer.weights import list_classes
 
 LOG_STEPS = 20  # a record every so many steps, and at the end of each epoch
 
@@ -200,10 +201,12 @@ class _Run:
                 "shards": self.shards.location,
                 "shards_fingerprint": self.shards.fingerprint,
                 "num_classes": self.shards.num_classes,
+                "classes": list_classes(self.shards.manifest.classes),
                 "world_size": self.ranks.world_size,
                 "device": self.ranks.device.type,
                 "feeding": asdict(self.job.feeding),
             }
+            self.colors.save(self.folder)  # with the names above: the net can be used without its shards
             write_config(self.folder, config)
         write_json(self.folder / ENVIRONMENT, environment())
         self.log = MetricsLog.open(self.folder / METRICS, self.step if self.job.resume else None)

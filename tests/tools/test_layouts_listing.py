@@ -8,17 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.errors import UserError
+from pipeline.names import load_ilsvrc2012
 from tests.layout_builders import BUILDERS
-from tools.layouts.listing import (
-    Entry,
-    Listing,
-    load_ilsvrc2012,
-    name_labels,
-    put_in_order,
-    split_stem,
-    strip_wnid,
-    take_share,
-)
+from tools.layouts.listing import Entry, Listing, name_labels, put_in_order, split_stem, strip_wnid, take_share
 from tools.sources import open_source
 
 

@@ -98,7 +98,8 @@ def test_a_run_leaves_config_environment_metrics_and_checkpoints(finished):
     assert [record["epoch"] for record in evaluations] == [1, 2, 3]
     assert all(record["num_images"] == 24 and record["crops"] == "centre" for record in evaluations)
     config = json.loads((finished / "config.json").read_text())
-    assert config["recipe"]["width"] == 0.0625 and config["num_classes"] == 4
+    assert config["recipe"]["width"] == 0.0625 and config["num_classes"] == 4 == len(config["classes"])
+    assert (finished / "color.json").is_file() and (finished / "mean_image.npy").is_file()
 
 
 def test_the_best_checkpoint_is_the_one_of_the_lowest_error(finished):

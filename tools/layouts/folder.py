@@ -9,7 +9,8 @@ from functools import partial
 from pathlib import Path
 
 from pipeline.errors import UserError
-from tools.layouts.listing import IMAGE_ENDINGS, Entry, Listing, name_some
+from pipeline.names import IMAGE_ENDINGS
+from tools.layouts.listing import Entry, Listing, name_some
 
 EXPECTED = "SOURCE/train/<class>/*.JPEG and, if there is one, SOURCE/val/<class>/*.JPEG"
 _SPLIT_NAMES = frozenset({"train", "val", "validation", "valid", "test"})

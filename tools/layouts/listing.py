@@ -9,13 +9,12 @@ import hashlib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
 from pipeline.errors import UserError
+from pipeline.names import load_ilsvrc2012
 
-IMAGE_ENDINGS = (".jpeg", ".jpg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff")
 _NUM_NAMED = 8
 _WNID_BEHIND = re.compile(r"_n[0-9]{8}(?=(\.[^.]*)?$)")
 _TRAIN_NAME = re.compile(r"(n[0-9]{8})_")
@@ -67,13 +66,6 @@ def split_stem(base_name: str) -> tuple[str, str]:
 def strip_wnid(base_name: str) -> str:
     """Without the `_<wnid>` that Hugging Face's copies put behind the official name."""
     return _WNID_BEHIND.sub("", base_name)
-
-
-@lru_cache(maxsize=1)
-def load_ilsvrc2012() -> dict[str, str]:
-    """The 1000 wnids of ILSVRC2012 in sorted order, with their names."""
-    lines = Path(__file__).with_name("ilsvrc2012.txt").read_text(encoding="utf-8").splitlines()
-    return dict(line.split(" ", 1) for line in lines if not line.startswith("#"))
 
 
 def find_wnid(name: str, base_name: str) -> str | None:

@@ -14,7 +14,8 @@ import zlib
 from pathlib import Path
 
 from pipeline.errors import UserError
-from tools.layouts.listing import Entry, Listing, load_ilsvrc2012, name_some
+from pipeline.names import load_ilsvrc2012
+from tools.layouts.listing import Entry, Listing, name_some
 from tools.layouts.spans import OpenFile, SpanReader, scan_all
 from tools.layouts.tars import Member, scan_tar
 

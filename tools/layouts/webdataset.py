@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pipeline.errors import UserError
-from tools.layouts.listing import IMAGE_ENDINGS, Entry, Listing, find_wnid, name_labels, name_some, strip_wnid
+from pipeline.names import IMAGE_ENDINGS
+from tools.layouts.listing import Entry, Listing, find_wnid, name_labels, name_some, strip_wnid
 from tools.layouts.spans import OpenFile, SpanReader, find_files, scan_all
 from tools.layouts.tars import scan_tar
 

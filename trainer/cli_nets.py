@@ -1,0 +1,125 @@
+"""`alexnet-predict`: flags and words of the commands that use a trained net.
+
+The decision that shaped it: as in cli.py, everything is checked before anything heavy is imported. Results go to stdout
+as they come, so that a folder of a million files begins to answer at once. Left out: the work (predict.py).
+"""
+
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from pipeline import console
+from trainer.cli import _SETTINGS, _choose_devices
+from trainer.tables import check_target, format_line, printable, write_csv
+
+if TYPE_CHECKING:
+    from trainer.predict import Guess, Prediction
+    from trainer.weights import Weights
+
+_VERSION = click.version_option(package_name="alexnet-dali", prog_name="alexnet-dali")
+_RUNS = click.option("--runs", default="runs", envvar="ALEXNET_RUNS", show_envvar=True,
+                     type=click.Path(path_type=Path), help="Folder of runs.")  # fmt: skip
+_CHECKPOINT = click.option("--checkpoint", default="best", metavar="best|last|PATH",
+                           help="Which checkpoint of the run.")  # fmt: skip
+
+
+@click.command(cls=console.Command, context_settings=_SETTINGS)
+@_VERSION
+@click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--run", show_default="the newest", help="The run whose net to ask: a name or a folder.")
+@click.option("--weights", "weights_file", type=click.Path(path_type=Path), show_default=False,
+              help="A file of weights instead of a run: of alexnet-export, torchvision's, Caffe's.")  # fmt: skip
+@_CHECKPOINT
+@_RUNS
+@click.option("--crops", type=click.Choice(["centre", "ten"]), default="ten",
+              help="The centre alone, or four corners, centre and their mirror images, averaged.")  # fmt: skip
+@click.option("--gpus", "num_gpus", type=click.IntRange(0, 1), show_default="1 if visible",
+              help="0 computes on the CPU.")  # fmt: skip
+@click.option("--threads", "num_threads", type=click.IntRange(min=1), show_default="one per CPU",
+              help="Decoding threads.")  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option("--csv", "csv_file", type=click.Path(path_type=Path), show_default=False,
+              help="Write a table to this file, a row an image.")  # fmt: skip
+def predict(
+    images: tuple[Path, ...],
+    run: str | None,
+    weights_file: Path | None,
+    checkpoint: str,
+    runs: Path,
+    crops: Any,
+    num_gpus: int | None,
+    num_threads: int | None,
+    as_json: bool,
+    csv_file: Path | None,
+) -> int:
+    """The five best classes of each of IMAGES, files or folders, with their probabilities.
+
+    An image is prepared as for training: shorter side to 256, the central 256x256. One that cannot be used is named
+    with the reason, the others are still predicted, and the exit status is 1.
+    """
+    if run and weights_file:
+        raise click.UsageError("--run and --weights name two nets; leave out one of them")
+    if csv_file:
+        check_target(csv_file)
+    _, use_gpu = _choose_devices(num_gpus)
+    from trainer.predict import Predictor, list_images
+    from trainer.predict import predict as predict_files
+
+    paths = list_images(images)
+    import torch
+
+    weights = _find_weights(runs, run, weights_file, checkpoint)
+    predictor = Predictor(
+        weights, crops=crops, device=torch.device("cuda" if use_gpu else "cpu"), num_threads=num_threads
+    )
+    found: list[Prediction] = []
+    failed: list[Prediction] = []
+    for one in predict_files(paths, predictor):
+        if one.failure is not None:
+            failed.append(one)
+            console.note(f"error: {printable(one.path)}: {printable(one.failure)}")
+            continue
+        if as_json or csv_file:
+            found.append(one)
+        if not as_json:
+            _print_best(one.path, one.best)
+    if csv_file:
+        write_csv(csv_file, ["image"], [([one.path], one.best) for one in found])
+        console.note(f"{csv_file}: {len(found):,} images")
+    if as_json:
+        console.print_json(
+            {
+                "weights": weights.source,
+                "crops": crops,
+                "images": [{"image": str(one.path), "classes": [asdict(guess) for guess in one.best]} for one in found],
+                "failures": [{"image": str(one.path), "reason": one.failure} for one in failed],
+            }
+        )
+    return console.STATUS_FAILED if failed else 0
+
+
+def _print_best(what: object, best: "tuple[Guess, ...]") -> None:
+    if not sys.stdout.isatty():
+        console.say(format_line(what, best))
+        return
+    from rich.markup import escape
+
+    rows = [[escape(printable(guess.name)), f"{100 * guess.probability:.1f} %"] for guess in best]
+    console.print_table(escape(printable(what)), ["class", "probability"], rows)
+
+
+def _find_weights(runs: Path, run: str | None, weights_file: Path | None, checkpoint: str) -> "Weights":
+    from trainer.runlog import resolve_run
+    from trainer.weights import find_newest, load_checkpoint, load_run
+
+    if weights_file:
+        return load_checkpoint(weights_file)
+    if run is None:
+        folder = find_newest(runs)
+        console.note(f"{folder}: the newest run")
+    else:
+        folder = resolve_run(runs, run)
+    return load_run(folder, checkpoint)
