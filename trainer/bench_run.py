@@ -22,8 +22,8 @@ from trainer.bench_table import show
 from trainer.diagnosis import Readings, diagnose
 from trainer.distributed import Ranks, gather, join
 from trainer.environment import environment
+from trainer.feed import make_train_loader
 from trainer.recipe import Recipe
-from trainer.train import make_train_loader
 from trainer.usage import count_cores, list_tree, memory_bytes
 
 DEFAULT_CLASSES = 1000

@@ -14,16 +14,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.loader import Batch
 from trainer.bench import Clock, Task, Work
 from trainer.distributed import Ranks
-from trainer.evaluate import choose_dtype, count_errors
+from trainer.evaluate import count_errors
+from trainer.learner import Learner
 from trainer.model import AlexNet
-from trainer.optim import make_optimizer, make_schedule
 from trainer.recipe import Recipe
-from trainer.train import train_step
 
 IMAGE_SIZE_PX = 224
 _PIXEL_STD = 70.0  # about that of photographs in grey levels
@@ -60,25 +58,20 @@ class Trainee:
 
     def __init__(self, recipe: Recipe, num_classes: int, ranks: Ranks, clock: Clock = time.perf_counter) -> None:
         self.ranks, self.recipe, self._clock = ranks, recipe, clock
-        self.dtype = choose_dtype(recipe.precision, ranks.device)
-        self.net: nn.Module = AlexNet.from_recipe(recipe, num_classes)
-        self.net.to(ranks.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.optimizer = make_optimizer(self.net, recipe)
-        make_schedule(recipe, self.optimizer).begin_step(1, 0, 1)
-        if ranks.world_size > 1:
-            on = [ranks.device] if ranks.device.type == "cuda" else None
-            self.net = DistributedDataParallel(self.net, device_ids=on, gradient_as_bucket_view=True)
+        self.learner = Learner(recipe, num_classes, ranks)
+        self.dtype, self.net = self.learner.dtype, self.learner.net
+        self.learner.schedule.begin_step(1, 0, 1)
         self.net.train()
         self._sums = torch.zeros(4, dtype=torch.float64, device=ranks.device)
         self._marks: list[Any] = []
         self.net.register_forward_pre_hook(self._mark)
         self.net.register_forward_hook(self._mark)
-        self.optimizer.register_step_pre_hook(self._mark)
-        self.optimizer.register_step_post_hook(self._mark)
+        self.learner.optimizer.register_step_pre_hook(self._mark)
+        self.learner.optimizer.register_step_post_hook(self._mark)
 
     def step(self, batch: Batch) -> None:
         """What train.py does with a batch."""
-        logits = train_step(self.net, self.optimizer, batch.images, batch.labels, self.dtype)
+        logits = self.learner.step(batch.images, batch.labels)
         self._sums += count_errors(logits, batch.labels)
 
     def _mark(self, *_: Any) -> None:

@@ -123,7 +123,8 @@ def _train(
     opened = ShardSet.open(shards or "shards", cache_dir=cache_dir, cache_gib=cache_gib)
     ColorStats.load(opened.root, opened.fingerprint)  # a fault in the data is told before any rank starts
     from trainer import distributed
-    from trainer.train import Feeding, Job, run_rank
+    from trainer.feed import Feeding
+    from trainer.train import Job, run_rank
 
     fed = {"decode": decode, "host_share": host_share, "hw_decoder_load": hw_decoder_load,
            "prefetch_batches": prefetch_batches}  # fmt: skip

@@ -13,10 +13,10 @@ from torch.nn.parallel import DistributedDataParallel
 from pipeline.errors import UserError
 from trainer.distributed import gather, join, launch, reduce_sum
 from trainer.evaluate import count_errors
+from trainer.learner import train_step
 from trainer.model import AlexNet
 from trainer.optim import make_optimizer, make_schedule
 from trainer.recipe import RECIPES
-from trainer.train import train_step
 
 BATCH_SIZE, NUM_CLASSES, NUM_UPDATES, TOLERANCE = 4, 5, 5, 1e-6
 NARROW = replace(RECIPES["paper"], width=1 / 16, dropout=0.0, lr=0.01, init="he", hidden_bias=0.0)

@@ -8,8 +8,9 @@ import torch
 
 from pipeline.errors import UserError
 from trainer import checkpoint
+from trainer.feed import Feeding
 from trainer.recipe import RECIPES
-from trainer.train import Feeding, Job, run_rank
+from trainer.train import Job, run_rank
 
 RECIPE = replace(RECIPES["demo"], width=0.0625, global_batch_size=8, epochs=2)
 

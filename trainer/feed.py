@@ -1,0 +1,120 @@
+"""What a rank's training reads: the loader as the recipe wants it, over epochs, and where it is.
+
+The decision that shaped it: whatever makes the loader begin its random streams anew (another graph from some epoch on)
+gives it a seed of its own, derived from the run's, so that no epoch is ever repeated. Left out: the loader itself
+(pipeline.loader).
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from pipeline.colorstats import ColorStats
+from pipeline.feeding import DecodeOption
+from pipeline.graph import stream_seed
+from pipeline.loader import Batch, TrainLoader
+from pipeline.shardset import ShardSet
+from trainer.distributed import Ranks
+from trainer.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Feeding:
+    """Where images are decoded and kept: arguments of pipeline.TrainLoader. Samples and draws do not depend on it."""
+
+    decode: DecodeOption = "auto"
+    host_share: float | None = None
+    hw_decoder_load: float = 0.9
+    cache: Literal["raw"] | None = None
+    prefetch_batches: int = 2
+
+
+def make_train_loader(
+    shards: ShardSet,
+    colors: ColorStats,
+    recipe: Recipe,
+    ranks: Ranks,
+    seed: int = 0,
+    num_threads: int | None = None,
+    feeding: Feeding = Feeding(),
+) -> TrainLoader:
+    return TrainLoader(
+        shards,
+        colors,
+        global_batch_size=recipe.global_batch_size,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        device=ranks.feed,
+        mean=recipe.mean,
+        lighting=recipe.lighting,
+        crop=recipe.crop,
+        flip=recipe.flip,
+        unit_variance=recipe.unit_variance,
+        layout="NHWC",
+        seed=seed,
+        num_threads=num_threads,
+        decode=feeding.decode,
+        host_share=feeding.host_share,
+        hw_decoder_load=feeding.hw_decoder_load,
+        cache=feeding.cache,
+        prefetch_batches=feeding.prefetch_batches,
+    )
+
+
+class TrainFeed:
+    """This rank's training batches from `epoch` on. Iterate once an epoch, after `begin_epoch`."""
+
+    def __init__(
+        self,
+        shards: ShardSet,
+        colors: ColorStats,
+        recipe: Recipe,
+        ranks: Ranks,
+        *,
+        seed: int,
+        epoch: int = 1,
+        num_threads: int | None = None,
+        feeding: Feeding = Feeding(),
+    ) -> None:
+        self._shards, self._colors, self._recipe, self._ranks = shards, colors, recipe, ranks
+        self._seed, self._num_threads, self._feeding = seed, num_threads, feeding
+        self._lighting = self._lighting_in(epoch)
+        self._loader = self._make_loader()
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    @property
+    def step(self) -> int:
+        """Batches given so far in this epoch."""
+        return self._loader.step
+
+    def begin_epoch(self, epoch: int) -> None:
+        """To be told before each epoch: from `lighting_off_epoch` on it is another graph that reads."""
+        if self._lighting_in(epoch) != self._lighting:
+            self._lighting = self._lighting_in(epoch)
+            del self._loader  # with its cache, if it has one: the next one asks for as much memory
+            self._loader = self._make_loader()
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(self._loader)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._loader.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any], epoch: int) -> None:
+        """Go on in `epoch` where `state` was taken. Raises UserError naming what differs."""
+        if self._lighting_in(epoch) == self._lighting_in(epoch - 1) or state["step"]:
+            self._loader.load_state_dict(state)  # else: a new graph begins with this epoch
+
+    def _lighting_in(self, epoch: int) -> Literal["paper", "original"] | None:
+        off = self._recipe.lighting_off_epoch
+        return None if off is not None and epoch >= off else self._recipe.lighting
+
+    def _make_loader(self) -> TrainLoader:
+        recipe, seed = replace(self._recipe, lighting=self._lighting), self._seed
+        if recipe != self._recipe:  # another graph begins its streams anew: it must not repeat the first epochs
+            seed = stream_seed(seed, "no lighting")
+        return make_train_loader(
+            self._shards, self._colors, recipe, self._ranks, seed, self._num_threads, self._feeding
+        )
