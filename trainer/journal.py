@@ -30,7 +30,7 @@ class Journal:
         resume: Path | None,
         step: int,
     ) -> None:
-        """A new run's folder, with `config` and `colors`; or that of the run to `resume`, its records past `step` cut."""
+        """A new run's folder with `config` and `colors`, or that of the run to `resume`, cut after `step`."""
         self._log: MetricsLog | None = None
         self._display: TrainDisplay | None = None
         self._summary = ""
