@@ -269,3 +269,14 @@ def _lrn_scale(x: Array, k: float, n: int, alpha: float, num_towers: int, alpha_
         for j in _neighbours(i, n, x.shape[1] // num_towers):
             s[:, i] += (alpha / n if alpha_over_n else alpha) * x[:, j] ** 2
     return s
+
+
+def nearest(query: Array, vectors: Array, num: int) -> list[tuple[int, float]]:
+    """Positions and Euclidean distances of the `num` nearest vectors, one sum after the other; ties by position."""
+    away = []
+    for position, vector in enumerate(vectors):
+        total = 0.0
+        for a, b in zip(query, vector, strict=True):
+            total += (float(a) - float(b)) ** 2
+        away.append((total**0.5, position))
+    return [(position, distance) for distance, position in sorted(away)[:num]]

@@ -236,15 +236,27 @@ def _evaluate(
 
 
 @click.command(cls=console.Command, context_settings=_SETTINGS)
-@click.argument("run")
+@click.argument("runs_asked", metavar="RUN...", nargs=-1, required=True)
 @click.option("--runs", default="runs", envvar="ALEXNET_RUNS", show_envvar=True, type=click.Path(path_type=Path),
               help="Folder of runs.")  # fmt: skip
-def _report(run: str, runs: Path) -> None:
-    """Draw the curves and the first layer's kernels of RUN, and sum it up."""
-    from trainer.report import format_summary, report
+@click.option("--shards", type=click.Path(), show_default="the run's own", help="Shards whose images are shown.")
+@click.option("--images", "num_images", type=click.IntRange(min=0), default=4096,
+              help="Training images among which to look for neighbours; 0: no pictures of images.")  # fmt: skip
+def _report(runs_asked: tuple[str, ...], runs: Path, shards: str | None, num_images: int) -> None:
+    """Draw RUN as the paper draws its own, and sum it up.
+
+    Curves, the first layer's kernels, the network, eight images with their likeliest classes, and the training images
+    nearest to some. Of several runs also their training errors in one picture (ReLU against tanh, for instance), and
+    training beside validation, among the first run's figures.
+    """
+    from trainer.report import compare, format_summary, report
     from trainer.runlog import resolve_run
 
-    console.say(format_summary(report(resolve_run(runs, run))))
+    folders = [resolve_run(runs, run) for run in runs_asked]
+    for folder in folders:
+        console.say(format_summary(report(folder, shards=shards, num_images=num_images)))
+    if len(folders) > 1:
+        console.say("\n".join(f"{'all runs':<12}{path}" for path in compare(folders)))
 
 
 def train() -> None:

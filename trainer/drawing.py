@@ -55,3 +55,9 @@ def write_png(figure: "Figure", path: Path, dpi: int = DPI) -> None:
     figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})  # no version: the same bytes anywhere
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, buffer.getvalue())
+
+
+def shorten(name: str, limit: int) -> str:
+    """A name from a file as one printable line of at most `limit` characters: what is drawn is never markup."""
+    line = " ".join("".join(letter if letter.isprintable() else " " for letter in name).split())
+    return line if len(line) <= limit else line[: limit - 1].rstrip() + "…"

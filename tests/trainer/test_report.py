@@ -7,9 +7,12 @@ import torch
 from PIL import Image
 
 from pipeline.errors import UserError
+from pipeline.shardset import ShardSet
 from trainer import checkpoint
-from trainer.report import format_summary, report
-from trainer.runlog import BEST, CHECKPOINTS, LAST, METRICS, MetricsLog, create_run
+from trainer.model import AlexNet
+from trainer.recipe import RECIPES, override, to_dict
+from trainer.report import compare, format_summary, report
+from trainer.runlog import BEST, CHECKPOINTS, LAST, METRICS, MetricsLog, create_run, write_config
 
 TRAIN = {"loss": 2.0, "top1_error": 80.0, "top5_error": 30.0, "lr": 0.01, "time_s": 1.0}
 EVAL = {"num_images": 200, "loss": 1.5}
@@ -34,6 +37,16 @@ def run(tmp_path):
     return made
 
 
+@pytest.fixture
+def trained(run, ready_shards):
+    """A run with a whole net and the place of its shards."""
+    shards, recipe = ShardSet.open(ready_shards), override(RECIPES["demo"], ["width=0.0625"])
+    state = {"recipe": to_dict(recipe), "num_classes": 4, "shards_fingerprint": shards.fingerprint}
+    checkpoint.save(run / CHECKPOINTS / LAST, {**state, "model": AlexNet.from_recipe(recipe, 4).state_dict()})
+    write_config(run, {"recipe": to_dict(recipe), "shards": str(ready_shards)})
+    return run
+
+
 def test_the_summary_says_what_the_files_say(run):
     summary = report(run)
     assert json.loads(json.dumps(summary)) == summary
@@ -49,6 +62,7 @@ def test_the_summary_says_what_the_files_say(run):
         "data_wait_fraction": pytest.approx(0.2),
         "checkpoint": str(run / CHECKPOINTS / LAST),
         "figures": [str(run / "figures" / "curves.png"), str(run / "figures" / "conv1_kernels.png")],
+        "left_out": ["network and images: the checkpoint holds no recipe; draw them from one that alexnet-train saved"],
     }
 
 
@@ -116,3 +130,58 @@ def test_a_person_reads_errors_speed_and_paths_on_plain_lines(run):
     assert str(run / "figures" / "curves.png") in text
     assert "\x1b" not in text
     assert all(line == line.rstrip() for line in text.splitlines())
+
+
+def names(summary):
+    return [path.rsplit("/", 1)[1] for path in summary["figures"]]
+
+
+OF_THE_RUN = ["curves.png", "conv1_kernels.png", "network.png"]
+
+
+def test_a_whole_run_with_its_shards_gets_every_picture(trained):
+    summary = report(trained, num_images=20)
+    assert names(summary) == [*OF_THE_RUN, "guesses.png", "neighbours.png"] and summary["left_out"] == []
+    for path in summary["figures"]:
+        Image.open(path).verify()
+    assert names(report(trained)) == OF_THE_RUN
+
+
+def test_a_run_away_from_its_shards_says_so_and_draws_the_rest(trained, tmp_path):
+    write_config(trained, {"recipe": {}, "shards": str(tmp_path / "gone")})
+    summary = report(trained, num_images=20)
+    assert names(summary) == OF_THE_RUN
+    (reason,) = summary["left_out"]
+    assert reason.startswith("images: ") and "gone: no such folder" in reason
+    assert f"not drawn   {reason}" in format_summary(summary)
+
+
+def test_shards_that_were_named_must_be_there_and_must_be_the_runs(trained, ready_shards, tmp_path):
+    with pytest.raises(UserError, match="gone: no such folder"):
+        report(trained, shards=str(tmp_path / "gone"), num_images=20)
+    state = checkpoint.load(trained / CHECKPOINTS / LAST)
+    state.pop("schema")
+    checkpoint.save(trained / CHECKPOINTS / LAST, {**state, "shards_fingerprint": "of others"})
+    with pytest.raises(UserError, match="other"):
+        report(trained, shards=str(ready_shards), num_images=20)
+
+
+def test_shards_behind_a_url_are_not_fetched_unasked(trained):
+    write_config(trained, {"recipe": {}, "shards": "s3://bucket/shards"})
+    (reason,) = report(trained, num_images=20)["left_out"]
+    assert "s3://bucket/shards" in reason and "--shards" in reason
+
+
+def test_several_runs_are_compared_by_what_differs(trained, tmp_path, monkeypatch):
+    other = create_run(tmp_path, "tanh")
+    (other / METRICS).write_bytes((trained / METRICS).read_bytes())
+    write_config(other, {"recipe": to_dict(override(RECIPES["demo"], ["width=0.0625", "activation=tanh"]))})
+    drawn = {}
+    monkeypatch.setattr("trainer.report.plot_training_errors", lambda runs, path: drawn.update({path.name: runs}))
+    monkeypatch.setattr("trainer.report.plot_overfitting", lambda runs, path: drawn.update({path.name: runs}))
+    assert [path.name for path in compare([trained, other])] == list(drawn)
+    assert list(drawn) == ["training_errors.png", "training_and_validation.png"]
+    assert [list(runs) for runs in drawn.values()] == [["relu", "tanh"]] * 2
+    monkeypatch.undo()
+    for path in compare([trained, other]):
+        Image.open(path).verify()

@@ -161,11 +161,14 @@ def test_eval_gives_the_error_of_the_best_epoch_and_adds_ten_crops_to_the_metric
     assert len(ten) == 1 and ten[0]["top1_error"] == result["ten_crop_top1_error"]
 
 
-def test_report_draws_curves_and_kernels_and_names_them(finished, tmp_path):
+def test_report_draws_every_picture_of_a_run_and_those_of_several_and_names_them(finished, tmp_path):
     copy = tmp_path / "runs" / "demo"
     shutil.copytree(finished, copy)
-    said = run("alexnet-report", "demo", cwd=tmp_path).stdout
-    for picture in ("curves.png", "conv1_kernels.png"):
+    shutil.copytree(finished, copy.with_name("again"))
+    said = run("alexnet-report", "demo", "again", "--images", "10", cwd=tmp_path).stdout
+    assert "not drawn" not in said
+    one = ("curves.png", "conv1_kernels.png", "network.png", "guesses.png", "neighbours.png")
+    for picture in (*one, "training_errors.png", "training_and_validation.png"):
         assert picture in said and (copy / "figures" / picture).read_bytes().startswith(b"\x89PNG")
 
 
