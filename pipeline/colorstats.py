@@ -59,17 +59,31 @@ class ColorStats:
                 for i in range(3)
             ]
         )
-        eigenvalues, eigenvectors = np.linalg.eigh(covariance)
+        mean = np.array([float(Fraction(total, pixels)) for total in sums])
+        mean_image = (image_sum / num_images).astype(np.float32)
+        return cls.from_moments(mean, covariance, mean_image, pixels, shards_fingerprint)
+
+    @classmethod
+    def from_moments(
+        cls,
+        mean: Array,
+        covariance: Array,
+        mean_image: NDArray[np.float32],
+        num_pixels: int,
+        shards_fingerprint: str,
+    ) -> "ColorStats":
+        """From mean (3,), covariance (3, 3) and mean image, 0-255 units. Raises ValueError for other shapes or NaNs."""
+        eigenvalues, eigenvectors = np.linalg.eigh(_array(covariance, (3, 3)))
         eigenvalues, eigenvectors = eigenvalues[::-1].clip(min=0.0), eigenvectors[:, ::-1]
         largest = np.abs(eigenvectors).argmax(axis=0)
         return cls(
-            mean=np.array([float(Fraction(total, pixels)) for total in sums]),
+            mean=_array(mean, (3,)),
             covariance=covariance,
             eigenvalues=eigenvalues,
             eigenvectors=eigenvectors * np.sign(eigenvectors[largest, range(3)]),
-            num_pixels=pixels,
+            num_pixels=num_pixels,
             shards_fingerprint=shards_fingerprint,
-            mean_image=(image_sum / num_images).astype(np.float32),
+            mean_image=mean_image,
         )
 
     @property

@@ -29,7 +29,7 @@ class EvalLoader:
     `crops`: "centre" or "ten" (four corners and the centre, then their mirror images). `decode`, of JPEG shards, as for
     TrainLoader, but "auto" is "mixed" on a GPU. A rank may get fewer images, or none, in its last batches: it still
     gets a batch, so that it joins every reduction. Can be iterated any number of times, each time from the start to
-    the end.
+    the end. `keys`: of the batch given last, int64 (B,) on the host.
     """
 
     def __init__(
@@ -81,6 +81,7 @@ class EvalLoader:
         self._views = torch.tensor(views)
         self._empty_on = "cuda" if device == "gpu" else "cpu"
         self._in_flight = InFlight(feed)
+        self.keys = torch.empty(0, dtype=torch.int64)
         self._iterator: DALIGenericIterator | None = None
         self._running: Generator[dict[str, Tensor], None, None] | None = None
         if rank < num_parts:
@@ -110,6 +111,7 @@ class EvalLoader:
             wanted = Views(source, views[:, :2], views[:, 2])
             batch = self._shape(self._assemble(outputs.get("pixels"), keys, wanted), labels)
             self._in_flight.hold((outputs, labels))
+            self.keys = keys
             yield batch
 
     def _shape(self, images: Tensor, labels: Tensor) -> Batch:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from trainer.recipe import RECIPES, override
 
@@ -75,12 +76,16 @@ def test_every_effect_changes_the_fields_it_names_and_no_other(ablate):
 
 def test_the_table_has_the_errors_that_alexnet_eval_counts(ablation, ready_shards):
     from pipeline.shardset import ShardSet
-    from trainer.evaluate import evaluate_checkpoint
+    from trainer.distributed import Ranks
+    from trainer.ensemble import evaluate_nets, summarise
+    from trainer.weights import load_run
 
+    shards, alone = ShardSet.open(ready_shards), Ranks(0, 1, torch.device("cpu"))
     out, text = ablation
     rows = {row["effect"]["name"]: row for row in json.loads((out / "ablation.json").read_text())["rows"]}
     for name in ("base", "no-dropout"):
-        found = evaluate_checkpoint(out / f"{name}-s0", "last", ShardSet.open(ready_shards), use_gpu=False)
+        errors, _, _ = evaluate_nets([load_run(out / f"{name}-s0", "last", shards)], shards, alone)
+        found = summarise(errors[0])
         assert rows[name]["error"] == pytest.approx(found["top1_error"])
         assert rows[name]["ten_crop_error"] == pytest.approx(found["ten_crop_top1_error"])
         assert rows[name]["num_images"] == 24

@@ -90,6 +90,17 @@ def load(path: Path) -> dict[str, Any]:
     return state
 
 
+def is_sealed(path: Path) -> bool:
+    """Whether a file ends as those that `save` wrote: a checkpoint of this project, whole or not."""
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - _COMMENT_BYTES))
+            return file.read(len(_MARK)) == _MARK
+    except OSError:
+        return False
+
+
 def link(source: Path, target: Path) -> None:
     """Make `target` the same file as `source`, atomically: a hard link, or a copy where links are not possible.
 

@@ -196,46 +196,6 @@ def _check_divisible(recipe: Recipe, num_ranks: int) -> None:
 
 
 @click.command(cls=console.Command, context_settings=_SETTINGS)
-@_add_common_options
-@click.argument("run")
-@click.option("--checkpoint", default="best", metavar="best|last|PATH", help="Which checkpoint of the run.")
-@click.option("--json", "as_json", is_flag=True, help="Print the errors as one JSON object.")
-def _evaluate(
-    shards: str | None,
-    runs: Path,
-    cache_dir: str | None,
-    cache_gib: float | None,
-    num_gpus: int | None,
-    num_threads: int | None,
-    run: str,
-    checkpoint: str,
-    as_json: bool,
-) -> None:
-    """Error of a checkpoint of RUN on the validation images: centre crop and ten crops."""
-    from trainer.runlog import resolve_run
-
-    folder = resolve_run(runs, run)
-    config = _read_config(folder)
-    from pipeline.shardset import ShardSet
-
-    opened = ShardSet.open(shards or config["shards"], cache_dir=cache_dir, cache_gib=cache_gib)
-    from trainer.evaluate import evaluate_checkpoint
-
-    _, use_gpu = _choose_devices(num_gpus)
-    result = evaluate_checkpoint(folder, checkpoint, opened, use_gpu=use_gpu, num_threads=num_threads)
-    if as_json:
-        console.print_json(result)
-        return
-    rows = [
-        [view, f"{result[prefix + 'top1_error']:.2f}", f"{result[prefix + 'top5_error']:.2f}"]
-        for view, prefix in (("centre crop", ""), ("ten crops", "ten_crop_"))
-    ]
-    console.print_table(
-        f"{result['checkpoint']}, {result['num_images']:,} images", ["error, %", "top-1", "top-5"], rows
-    )
-
-
-@click.command(cls=console.Command, context_settings=_SETTINGS)
 @click.argument("runs_asked", metavar="RUN...", nargs=-1, required=True)
 @click.option("--runs", default="runs", envvar="ALEXNET_RUNS", show_envvar=True, type=click.Path(path_type=Path),
               help="Folder of runs.")  # fmt: skip
@@ -264,11 +224,19 @@ def train() -> None:
 
 
 def evaluate() -> None:
-    console.run(_evaluate)
+    from trainer.cli_nets import evaluate
+
+    console.run(evaluate)
 
 
 def report() -> None:
     console.run(_report)
+
+
+def export() -> None:
+    from trainer.cli_nets import export
+
+    console.run(export)
 
 
 def predict() -> None:

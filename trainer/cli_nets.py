@@ -1,7 +1,8 @@
-"""`alexnet-predict`: flags and words of the commands that use a trained net.
+"""`alexnet-eval`, `alexnet-predict`, `alexnet-export`: flags and words of the commands that use a trained net.
 
 The decision that shaped it: as in cli.py, everything is checked before anything heavy is imported. Results go to stdout
-as they come, so that a folder of a million files begins to answer at once. Left out: the work (predict.py).
+as they come, so that a folder of a million files begins to answer at once. Left out: the work (ensemble.py,
+predict.py, interchange.py).
 """
 
 import sys
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pipeline import console
-from trainer.cli import _SETTINGS, _choose_devices
+from trainer.cli import _SETTINGS, _add_common_options, _choose_devices, _read_config
 from trainer.tables import check_target, format_line, printable, write_csv
 
 if TYPE_CHECKING:
@@ -24,6 +25,56 @@ _RUNS = click.option("--runs", default="runs", envvar="ALEXNET_RUNS", show_envva
                      type=click.Path(path_type=Path), help="Folder of runs.")  # fmt: skip
 _CHECKPOINT = click.option("--checkpoint", default="best", metavar="best|last|PATH",
                            help="Which checkpoint of the run.")  # fmt: skip
+
+
+@click.command(cls=console.Command, context_settings=_SETTINGS)
+@_add_common_options
+@click.argument("nets", nargs=-1, required=True, metavar="RUN...")
+@_CHECKPOINT
+@click.option("--predictions", type=click.Path(path_type=Path), show_default=False,
+              help="Write what each image is taken for (ten crops, all nets averaged) to this CSV file.")  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Print the errors as one JSON object.")
+def evaluate(
+    shards: str | None,
+    runs: Path,
+    cache_dir: str | None,
+    cache_gib: float | None,
+    num_gpus: int | None,
+    num_threads: int | None,
+    nets: tuple[str, ...],
+    checkpoint: str,
+    predictions: Path | None,
+    as_json: bool,
+) -> int:
+    """Error of RUN on the validation images: centre crop and ten crops.
+
+    RUN is a run's name or folder, or a file of weights. Of several, each, and the average of their softmax outputs, as
+    the paper averages 5 CNNs; all must have been trained on the same shards.
+    """
+    if predictions:
+        check_target(predictions)
+    from trainer.runlog import resolve_run
+
+    found = [Path(text) if Path(text).is_file() else resolve_run(runs, text) for text in nets]
+    trained_on = [_read_config(path)["shards"] for path in found if path.is_dir()]
+    num_ranks, use_gpu = _choose_devices(num_gpus)
+    from trainer import distributed
+    from trainer.ensemble import Job, run_rank
+
+    job = Job(
+        nets=tuple(found),
+        checkpoint=checkpoint,
+        shards=shards or (trained_on[0] if trained_on else "shards"),
+        use_gpu=use_gpu,
+        num_threads=num_threads,
+        cache_dir=cache_dir,
+        cache_gib=cache_gib,
+        as_json=as_json,
+        predictions=predictions,
+    )
+    if num_ranks > 1 and not distributed.under_launcher():
+        return distributed.launch(run_rank, (job,), num_ranks)
+    return run_rank(job)
 
 
 @click.command(cls=console.Command, context_settings=_SETTINGS)
@@ -101,6 +152,44 @@ def predict(
     return console.STATUS_FAILED if failed else 0
 
 
+@click.command(cls=console.Command, context_settings=_SETTINGS)
+@_VERSION
+@click.argument("net", metavar="RUN")
+@_CHECKPOINT
+@_RUNS
+@click.option("--format", "kind", type=click.Choice(["safetensors", "torchvision", "caffe", "onnx"]),
+              default="safetensors", help="safetensors: all that alexnet-predict and alexnet-train need.")  # fmt: skip
+@click.option("--out", type=click.Path(path_type=Path), required=True, show_default=False, help="The file to write.")
+def export(net: str, checkpoint: str, runs: Path, kind: str, out: Path) -> None:
+    """Write the net of RUN, a run's name or folder or a file of weights, for other programs.
+
+    torchvision: a state dict, for nets of recipe owt. caffe: an .npz of bvlc_alexnet's blobs, for nets that came from
+    there. onnx: pixels 0-255 in, logits out.
+    """
+    check_target(out)
+    from trainer import interchange
+    from trainer.runlog import resolve_run
+
+    path = Path(net) if Path(net).is_file() else resolve_run(runs, net)
+    weights = interchange.load_any(path, checkpoint)
+    said = f"{weights.num_classes} classes"
+    if kind == "safetensors":
+        interchange.save_safetensors(out, weights)
+    elif kind == "torchvision":
+        interchange.save_torchvision(out, weights)
+    elif kind == "caffe":
+        interchange.save_caffe(out, weights)
+    else:
+        from trainer.onnxfile import save_onnx
+
+        difference = save_onnx(out, weights)
+        said += ", not checked: no onnxruntime" if difference is None else f", onnxruntime within {difference:.1e}"
+    if kind in ("torchvision", "caffe") and weights.colors:
+        told = interchange.describe_input(weights)
+        console.note(f"input: {told['channels']} {told['values']}, minus {told['mean']}, divided by {told['scale']}")
+    console.say(f"{out}: {weights.source}, {said}, {out.stat().st_size:,} bytes")
+
+
 def _print_best(what: object, best: "tuple[Guess, ...]") -> None:
     if not sys.stdout.isatty():
         console.say(format_line(what, best))
@@ -112,11 +201,12 @@ def _print_best(what: object, best: "tuple[Guess, ...]") -> None:
 
 
 def _find_weights(runs: Path, run: str | None, weights_file: Path | None, checkpoint: str) -> "Weights":
+    from trainer.interchange import load_any
     from trainer.runlog import resolve_run
-    from trainer.weights import find_newest, load_checkpoint, load_run
+    from trainer.weights import find_newest, load_run
 
     if weights_file:
-        return load_checkpoint(weights_file)
+        return load_any(weights_file)
     if run is None:
         folder = find_newest(runs)
         console.note(f"{folder}: the newest run")

@@ -2,13 +2,12 @@
 
 The decision that shaped it: only sums cross ranks (images, loss, mistakes), in float64, and the number of images is
 checked against the shards' manifest, so an error rate is of exactly the set it names. Left out: any crop or mean (the
-loader's).
+loader's), and the average of several nets (ensemble.py).
 """
 
-import sys
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +16,8 @@ from torch.nn import functional
 from pipeline.colorstats import ColorStats
 from pipeline.errors import UserError
 from pipeline.shardset import ShardSet
-from trainer.checkpoint import load
 from trainer.distributed import Ranks, reduce_sum
-from trainer.model import AlexNet
-from trainer.recipe import Recipe, from_dict
-from trainer.runlog import BEST, CHECKPOINTS, LAST, METRICS, MetricsLog
+from trainer.recipe import Recipe
 
 if TYPE_CHECKING:
     from pipeline.loader import EvalLoader
@@ -29,6 +25,7 @@ if TYPE_CHECKING:
 Crops = Literal["centre", "ten"]
 BATCH_SIZE = {"centre": 128, "ten": 16}
 TOP = 5
+Keep = Callable[[Tensor, Tensor, Tensor], None]  # log-probabilities (B, classes), labels (B,), keys (B,)
 
 
 @dataclass(frozen=True)
@@ -73,17 +70,33 @@ def make_eval_loader(
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, loader: "EvalLoader", ranks: Ranks, dtype: torch.dtype, num_expected: int) -> Errors:
+def evaluate(
+    model: nn.Module,
+    loader: "EvalLoader",
+    ranks: Ranks,
+    dtype: torch.dtype,
+    num_expected: int,
+    keep: Keep | None = None,
+) -> Errors:
     """The errors of `model` over all ranks, the softmax outputs averaged over ten crops (paper, section 4.1).
 
-    dtype: torch.bfloat16 for autocast, else torch.float32. Raises UserError if another number of images came.
+    dtype: torch.bfloat16 for autocast, else torch.float32; `keep` is given the outputs of each of this rank's batches.
+    Raises UserError if another number of images came.
     """
     model.eval()
     sums = torch.zeros(4, dtype=torch.float64, device=ranks.device)
     for images, labels in loader:
         if len(labels):
-            sums += count_errors(log_probabilities(model, images, dtype), labels)
-    num_images, loss, wrong1, wrong5 = reduce_sum(sums, ranks).tolist()
+            outputs = log_probabilities(model, images, dtype)
+            sums += count_errors(outputs, labels)
+            if keep:
+                keep(outputs, labels, loader.keys)
+    return to_errors(reduce_sum(sums, ranks), num_expected)
+
+
+def to_errors(sums: Tensor, num_expected: int) -> Errors:
+    """Rates from the sums of count_errors over all ranks. Raises UserError if another number of images came."""
+    num_images, loss, wrong1, wrong5 = sums.tolist()
     if num_images != num_expected:
         raise UserError(f"evaluated {num_images:.0f} images, expected {num_expected}; check the shards' index files")
     return Errors(int(num_images), loss / num_images, 100 * wrong1 / num_images, 100 * wrong5 / num_images)
@@ -112,46 +125,3 @@ def count_errors(log_outputs: Tensor, labels: Tensor) -> Tensor:
     wrong1, wrong5 = ((better >= k) | hopeless for k in (1, TOP))
     count = torch.full_like(loss, len(labels), dtype=torch.float64)
     return torch.stack([count, loss.double(), wrong1.sum().double(), wrong5.sum().double()])
-
-
-def evaluate_checkpoint(
-    run: Path, which: str, shards: ShardSet, *, use_gpu: bool, num_threads: int | None = None
-) -> dict[str, Any]:
-    """Centre-crop and ten-crop errors of a checkpoint of `run` ("best", "last" or a path): what `alexnet-eval` prints.
-
-    The ten-crop result is added to the run's metrics.jsonl if the checkpoint is the run's own. Raises UserError for a
-    missing or damaged checkpoint, or shards of other classes.
-    """
-    folder = run / CHECKPOINTS
-    path = {"best": folder / BEST, "last": folder / LAST}.get(which, Path(which))
-    state = load(path)
-    recipe = from_dict(state["recipe"])
-    if state["num_classes"] != shards.num_classes:
-        raise UserError(
-            f"{path}: a net of {state['num_classes']} classes, but {shards.root} has {shards.num_classes}; "
-            "name the run's own shards with --shards"
-        )
-    # the colours the net was trained with lie beside its training shards, whose fingerprint the checkpoint holds
-    colors = ColorStats.load(shards.root, state["shards_fingerprint"])
-    device = torch.device("cuda" if use_gpu else "cpu")
-    ranks, dtype = Ranks(0, 1, device), choose_dtype(recipe.precision, device)
-    model = AlexNet.from_recipe(recipe, shards.num_classes)
-    model.load_state_dict(state["model"])
-    model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    found: dict[str, Errors] = {}
-    crops: Crops
-    for crops in ("centre", "ten"):
-        loader = make_eval_loader(shards, colors, recipe, ranks, crops, num_threads)
-        found[crops] = evaluate(model, loader, ranks, dtype, shards.num_samples("val"))
-    if path.resolve().parent == folder.resolve():
-        with MetricsLog.open(run / METRICS, sys.maxsize) as log:
-            log.eval(step=state["step"], epoch=state["epoch"] - 1, crops="ten", **asdict(found["ten"]))
-    return {
-        "run": str(run),
-        "checkpoint": str(path),
-        "num_images": found["centre"].num_images,
-        "top1_error": found["centre"].top1_error,
-        "top5_error": found["centre"].top5_error,
-        "ten_crop_top1_error": found["ten"].top1_error,
-        "ten_crop_top5_error": found["ten"].top5_error,
-    }

@@ -1,4 +1,4 @@
-"""Predictions as a CSV file, as plain lines and as tables: the same five best classes in every form.
+"""Errors as a table, predictions as a CSV file and as plain lines.
 
 The decision that shaped it: what comes from outside (paths, class names) may hold anything, so that it is escaped for
 the screen and kept byte for byte in files. A CSV file is written whole or not at all. Left out: making predictions
@@ -9,8 +9,9 @@ import csv
 import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from pipeline.console import print_table
 from pipeline.errors import UserError
 from pipeline.shardset import write_atomic
 
@@ -46,6 +47,41 @@ def check_target(path: Path) -> None:
 def printable(text: object) -> str:
     """Text for a screen or a line: control characters and what is not Unicode as escapes."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
+# Error in %, top-1 and top-5, centre crop and ten crops, on the 50,000 validation images of ILSVRC-2012.
+_PUBLISHED = (
+    ("the paper, 1 CNN", None, None, 40.7, 18.2),
+    ("the paper, 5 CNNs averaged", None, None, 38.1, 16.4),
+    ("the 2012 source, net 145", None, None, 40.66, 18.21),
+    ("Caffe's bvlc_alexnet", 42.9, 19.8, None, None),
+    ("torchvision's alexnet", 43.48, 20.93, None, None),
+)
+_ERRORS = ("top1_error", "top5_error", "ten_crop_top1_error", "ten_crop_top5_error")
+
+
+def list_errors(
+    results: Sequence[dict[str, Any]], average: dict[str, Any] | None, *, is_ilsvrc2012: bool
+) -> list[list[str]]:
+    """The rows of the paper's table 2, a name and four errors: a net each, their average, what was published."""
+    rows = [(Path(result["run"]).name, *(result[name] for name in _ERRORS)) for result in results]
+    if average:
+        rows.append((f"{average['num_nets']} CNNs averaged", *(average[name] for name in _ERRORS)))
+    cells = [[name, *(f"{error:.2f}" for error in errors)] for name, *errors in rows]
+    if is_ilsvrc2012:
+        cells += [[name, *("" if error is None else f"{error:g}" for error in errors)] for name, *errors in _PUBLISHED]
+    return cells
+
+
+def print_errors(results: Sequence[dict[str, Any]], average: dict[str, Any] | None, *, is_ilsvrc2012: bool) -> None:
+    """The table of list_errors, to stdout."""
+    from rich.markup import escape
+
+    rows = [
+        [escape(printable(cell)) for cell in row] for row in list_errors(results, average, is_ilsvrc2012=is_ilsvrc2012)
+    ]
+    columns = ["error, %", "centre, top-1", "top-5", "ten crops, top-1", "top-5"]
+    print_table(f"{results[0]['num_images']:,} validation images", columns, rows)
 
 
 def format_line(what: object, best: "Sequence[Guess]") -> str:

@@ -37,6 +37,7 @@ class Weights:
     colors: ColorStats | None = None
     classes: Classes | None = None
     shards_fingerprint: str | None = None
+    step: tuple[int, int] | None = None  # of training: steps and epochs done
     layout: str = "alexnet-dali"
 
     @property
@@ -44,8 +45,11 @@ class Weights:
         return len(self.state["fc8.bias"])
 
 
-def load_run(run: Path, which: str = "best") -> Weights:
-    """A checkpoint of a run: "best", "last", or the path of one. Raises UserError for one that cannot be used."""
+def load_run(run: Path, which: str = "best", shards: ShardSet | None = None) -> Weights:
+    """A checkpoint of a run: "best", "last", or the path of one. Raises UserError for one that cannot be used.
+
+    shards: where colours and names are if the run does not have them; None: the run's own.
+    """
     folder = run / CHECKPOINTS
     path = {"best": folder / BEST, "last": folder / LAST}.get(which, Path(which))
     weights = load_checkpoint(path)
@@ -55,7 +59,7 @@ def load_run(run: Path, which: str = "best") -> Weights:
     if "classes" in config:
         weights = replace(weights, classes=parse_classes(config["classes"], f"{run / CONFIG}", weights.num_classes))
     if (weights.colors is None or weights.classes is None) and "shards" in config:
-        weights = complete(weights, ShardSet.open(config["shards"]))
+        weights = complete(weights, shards or ShardSet.open(config["shards"]))
     return weights
 
 
@@ -64,12 +68,12 @@ def load_checkpoint(path: Path) -> Weights:
     state = checkpoint.load(path)
     try:
         recipe, tensors = from_dict(state["recipe"]), dict(state["model"])
-        fingerprint = str(state["shards_fingerprint"])
+        fingerprint, step = str(state["shards_fingerprint"]), (int(state["step"]), int(state["epoch"]) - 1)
     except (KeyError, TypeError) as error:
         raise UserError(
             f"{path}: not a checkpoint of a training run (no {error}); name another with --checkpoint PATH"
         ) from error
-    return check(Weights(str(path), recipe, tensors, shards_fingerprint=fingerprint))
+    return check(Weights(str(path), recipe, tensors, shards_fingerprint=fingerprint, step=step))
 
 
 def complete(weights: Weights, shards: ShardSet) -> Weights:
