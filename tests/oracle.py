@@ -138,6 +138,39 @@ def alexnet(recipe: Any, weights: Mapping[str, Array], images: Array) -> Array:
     return connect(x, "fc8")
 
 
+def caffe_alexnet(blobs: Mapping[str, Array], images: Array) -> Array:
+    """Logits of BVLC's bvlc_alexnet: blobs by layer and "_w" or "_b", images (B, 3, 227, 227) BGR, minus their mean.
+
+    train_val.prototxt: conv, ReLU, LRN (lrn_layer.cpp: over all maps, alpha / n, k 1), pooling (pooling_layer.cpp: the
+    last window may reach over the edge), groups of 2 in conv2, conv4 and conv5; InnerProduct sees (map, row, column).
+    """
+
+    def convolve(x: Array, layer: str, **geometry: int) -> Array:
+        return np.maximum(conv2d(x, blobs[f"{layer}_w"], blobs[f"{layer}_b"], **geometry), 0)
+
+    def pool(x: Array) -> Array:
+        missing = -(x.shape[2] - 3) % 2
+        x = np.pad(x, ((0, 0), (0, 0), (0, missing), (0, missing)), constant_values=-np.inf)
+        return max_pool(x, size=3, stride=2)
+
+    def normalise(x: Array) -> Array:
+        y = np.zeros_like(x)
+        for i in range(x.shape[1]):
+            squares = (x[:, max(0, i - 2) : i + 3] ** 2).sum(axis=1)
+            y[:, i] = x[:, i] / (1 + 1e-4 / 5 * squares) ** 0.75
+        return y
+
+    x = pool(normalise(convolve(images, "conv1", stride=4)))
+    x = pool(normalise(convolve(x, "conv2", padding=2, groups=2)))
+    x = convolve(x, "conv3", padding=1)
+    x = convolve(x, "conv4", padding=1, groups=2)
+    x = pool(convolve(x, "conv5", padding=1, groups=2))
+    x = x.reshape(len(x), -1)
+    for layer in ("fc6", "fc7"):
+        x = np.maximum(x @ blobs[f"{layer}_w"].T + blobs[f"{layer}_b"], 0)
+    return x @ blobs["fc8_w"].T + blobs["fc8_b"]
+
+
 def paper_update(
     w: Array, v: Array, gradient: Array, *, lr: float, momentum: float = 0.9, decay: float = 0.0005
 ) -> tuple[Array, Array]:

@@ -124,7 +124,7 @@ def save_torchvision(path: Path, weights: Weights) -> None:
 
 def save_caffe(path: Path, weights: Weights) -> None:
     """An .npz of Caffe's blobs (BGR). Raises UserError for a net that bvlc_alexnet does not compute."""
-    _check_same(weights, CAFFE, "Caffe's bvlc_alexnet")
+    _check_same(weights, replace(CAFFE, width=weights.recipe.width), "Caffe's bvlc_alexnet")  # a prototxt has sizes
     state = {**weights.state, "conv1.weight": weights.state["conv1.weight"].flip(1)}
     serialised = io.BytesIO()
     np.savez(serialised, **{name: tensor.numpy() for name, tensor in state.items()})  # type: ignore[arg-type]
@@ -173,7 +173,7 @@ def _from_ours(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str])
                 np.array(raw["mean"], np.float64), np.array(raw["covariance"], np.float64), image.numpy(),
                 int(raw["num_pixels"]), metadata.get("shards_fingerprint", ""),
             )  # fmt: skip
-    except (ValueError, LookupError, TypeError, RecursionError) as error:
+    except (UserError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: its metadata cannot be read ({error}); export the net again") from error
     weights = check(Weights(str(path), recipe, tensors, colors, None, metadata.get("shards_fingerprint")))
     if classes is not None:

@@ -6,6 +6,7 @@ told in one line. Left out: what the tensors mean (interchange.py).
 """
 
 import pickle
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -38,7 +39,9 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
                 return _read_npz(path), {}
         elif head[8:] == b"{" and int.from_bytes(head[:8], "little") < size:
             return _read_safetensors(path)
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a pickle's age: what cannot be read is told below
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
         raise
     except pickle.UnpicklingError as error:
