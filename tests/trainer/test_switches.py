@@ -9,7 +9,7 @@ from torch.nn import functional
 from pipeline.colorstats import ColorStats
 from pipeline.loader import TrainLoader
 from pipeline.shardset import ShardSet
-from trainer import train
+from trainer import feed
 from trainer.distributed import Ranks
 from trainer.model import AlexNet
 from trainer.optim import make_optimizer
@@ -73,13 +73,13 @@ def test_dropout_sets_that_share_of_the_hidden_units_to_zero():
 
 @pytest.mark.parametrize(("setting", "field"), [("crop=false", 0), ("flip=false", 1), ("lighting=none", 2)])
 def test_a_setting_of_the_recipe_switches_its_augmentation_off_in_training(ready_shards, monkeypatch, setting, field):
-    monkeypatch.setattr(train, "TrainLoader", partial(TrainLoader, with_draws=True))
+    monkeypatch.setattr(feed, "TrainLoader", partial(TrainLoader, with_draws=True))
     shards = ShardSet.open(ready_shards)
     colors = ColorStats.load(shards.root, shards.fingerprint)
     switched = []
     for settings in ([], [setting]):
         recipe = override(RECIPES["paper"], ["global_batch_size=32", *settings])
-        loader = train.make_train_loader(shards, colors, recipe, CPU, num_threads=1)
+        loader = feed.make_train_loader(shards, colors, recipe, CPU, num_threads=1)
         next(iter(loader))
         switched.append([bool((draw == still).all()) for draw, still in zip(loader.draws, (16, 0, 0.0), strict=False)])
     assert switched[0] == [False, False, False]
