@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from trainer.distributed import Ranks
 from trainer.evaluate import choose_dtype
 from trainer.model import AlexNet
+from trainer.native import keep_freed_memory
 from trainer.optim import make_optimizer, make_schedule
 from trainer.recipe import Recipe
 
@@ -35,6 +36,8 @@ class Learner:
     """A network in training: `model`, the `net` that is called (it averages gradients over ranks), and its rates."""
 
     def __init__(self, recipe: Recipe, num_classes: int, ranks: Ranks, seed: int = 0) -> None:
+        if ranks.device.type == "cpu":
+            keep_freed_memory()
         self.dtype = choose_dtype(recipe.precision, ranks.device)
         self.model = AlexNet.from_recipe(recipe, num_classes, seed=seed)
         self.model.to(ranks.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -1,26 +1,22 @@
-"""AlexNet as printed in 2012, and its local response normalisation.
+"""AlexNet as printed in 2012.
 
 The decision that shaped it: the two GPUs of the paper are groups of a convolution (`num_towers`), so one network is
 both columns, and everything in which the paper and the released source differ is a field of the recipe. Left out: how
-the towers are spread over real GPUs, and every other network.
+local response normalisation is computed (lrn.py), how the towers are spread over real GPUs, and every other network.
 
 P = Krizhevsky, Sutskever & Hinton, NIPS 2012, with the section; S = the 2012 source released in 2025, net 145.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from trainer.lrn import local_response_norm, spatial_response_norm
 from trainer.recipe import Recipe
 
 HIDDEN_BIAS_LAYERS = ("conv2", "conv4", "conv5", "fc6", "fc7")  # P 5, with S: fc8's is 0
 _PADS_PX = {"end": (0, 3), "both": (2, 1)}  # S: ceil geometry, 55 = ceil((224 - 11) / 4) + 1: zeros before and after
 _PADDED_PX = 227  # an image that has them already (Caffe's crop) is taken as it is
-_SPATIAL_SIZE, _SPATIAL_SCALE, _SPATIAL_POWER, _SPATIAL_K = 5, 0.001, 0.75, 1.0  # S, the second norm of conv2
-_BLOCK_ELEMENTS = 1 << 17  # float32 temporaries of half a megabyte: a few fit into one core's second-level cache
 
 
 class AlexNet(nn.Module):
@@ -65,10 +61,10 @@ class AlexNet(nn.Module):
         x = functional.pad(images, pad * 2)  #                                227x227x3
         x = self.conv1(x)  #                                                  55x55x96
         if recipe.conv1_order == "relu-lrn-pool":
-            x = self._pool(self._normalise(self._activate(x)))  #             27x27x96, P 3.5
+            x = self._pool(self._activate_and_normalise(x))  #                27x27x96, P 3.5
         else:
             x = self._activate(self._pool(self._normalise(x)))  #             27x27x96, S
-        x = self._normalise(self._activate(self.conv2(x)))  #                 27x27x256
+        x = self._activate_and_normalise(self.conv2(x))  #                    27x27x256
         if recipe.spatial_norm:
             x = spatial_response_norm(x)
         x = self._pool(x)  #                                                  13x13x256
@@ -100,7 +96,12 @@ class AlexNet(nn.Module):
     def _pool(self, x: Tensor) -> Tensor:
         return functional.max_pool2d(x, kernel_size=3 if self.recipe.overlapping_pool else 2, stride=2)
 
-    def _normalise(self, x: Tensor) -> Tensor:
+    def _activate_and_normalise(self, x: Tensor) -> Tensor:
+        if self.recipe.lrn and self.recipe.activation == "relu":  # in one pass over the maps
+            return self._normalise(x, relu=True)
+        return self._normalise(self._activate(x))
+
+    def _normalise(self, x: Tensor, relu: bool = False) -> Tensor:
         r = self.recipe
         if not r.lrn:
             return x
@@ -112,6 +113,7 @@ class AlexNet(nn.Module):
             beta=r.lrn_beta,
             num_towers=1 if r.lrn_across_towers else r.num_towers,
             alpha_over_n=r.lrn_alpha_over_n,
+            relu=relu,
         )
 
 
@@ -126,112 +128,3 @@ def init_std(init: str, layer: str, weight: Tensor) -> float:
     if init == "original" and layer in ("conv3", "conv4", "conv5"):
         return 0.03
     return 0.01
-
-
-def local_response_norm(
-    x: Tensor,
-    *,
-    k: float = 2.0,
-    n: int = 5,
-    alpha: float = 1e-4,
-    beta: float = 0.75,
-    num_towers: int = 1,
-    alpha_over_n: bool = False,
-) -> Tensor:
-    """b = a / (k + alpha * sum of a^2 over the n maps around it)^beta (P 3.3), the window never crossing towers (S).
-
-    x (B, C, H, W), any floating dtype, C divisible by num_towers; returns the same shape and dtype in channels_last.
-    alpha_over_n: alpha / n * sum, as S and torch.nn.functional.local_response_norm have it. The arithmetic is float32
-    for 16-bit maps. First derivatives only. Raises ValueError unless n is 3, 5, 7, ... and the towers divide C.
-    """
-    if n < 3 or n % 2 == 0 or x.shape[1] % num_towers:
-        raise ValueError(
-            f"n = {n} must be odd and at least 3, and {x.shape[1]} maps must be divisible by num_towers = {num_towers}"
-        )
-    maps_last = x.permute(0, 2, 3, 1)
-    rows = maps_last.reshape(-1, x.shape[1] // num_towers)  # a tower of a pixel is a row: windows end with their tower
-    normalised = _LocalResponseNorm.apply(rows, k, n, alpha / n if alpha_over_n else alpha, beta)
-    return normalised.view(maps_last.shape).permute(0, 3, 1, 2)
-
-
-def spatial_response_norm(x: Tensor) -> Tensor:
-    """Each value by its own map's neighbourhood: a / (1 + 0.001 / 25 * sum over 5x5 of a^2)^0.75, zeros outside (S).
-
-    x (B, C, H, W), any floating dtype; returns the same. The arithmetic is float32 for 16-bit maps.
-    """
-    a = x.to(torch.promote_types(x.dtype, torch.float32))
-    mean_square = functional.avg_pool2d(a * a, _SPATIAL_SIZE, stride=1, padding=_SPATIAL_SIZE // 2)
-    return (a / _power(_SPATIAL_K + _SPATIAL_SCALE * mean_square, _SPATIAL_POWER)).to(x.dtype)
-
-
-class _LocalResponseNorm(torch.autograd.Function):
-    """b = a / s^beta with s = k + scale * window(a^2), over rows (R, maps), a block of rows at a time.
-
-    With e the incoming gradient and t = e / s^beta: da = t - 2 * scale * beta * a * window(t * a / s). Nothing is kept
-    but a: to compute s again, in cache, costs less than to store and to read it.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, k: float, n: int, scale: float, beta: float) -> Tensor:
-        ctx.save_for_backward(rows)
-        ctx.constants = (k, n, scale, beta)
-        result = torch.empty_like(rows, memory_format=torch.contiguous_format)
-        window = _Window(rows, n)
-        for block, out in zip(window.split(rows), window.split(result), strict=True):
-            a = block.to(window.dtype)
-            s = window.sum_products(a, a).mul_(scale).add_(k)
-            torch.div(a, window.maps(_power(s, beta)), out=out)  # rounds once, to the maps' own dtype
-        return result
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        (rows,) = ctx.saved_tensors
-        k, n, scale, beta = ctx.constants
-        result = torch.empty_like(rows, memory_format=torch.contiguous_format)
-        window = _Window(rows, n)
-        for block, e, out in zip(*map(window.split, (rows, gradient, result)), strict=True):
-            a = block.to(window.dtype)
-            s = window.sum_products(a, a).mul_(scale).add_(k)
-            t = e.to(window.dtype) / window.maps(_power(s, beta))
-            sums = window.maps(window.sum_products(a / window.maps(s), t))
-            torch.addcmul(t, a, sums, value=-2.0 * scale * beta, out=out)
-        return result, None, None, None, None
-
-
-class _Window:
-    """Sums over n neighbouring maps, for blocks of rows that stay in the cache (on a GPU: all rows at once).
-
-    The rows of a block stand in one flat buffer with n // 2 zeros between them, so that n - 1 shifted adds of the whole
-    buffer are the sums of all rows. Sums stay in that layout, contiguous, because roots of strided tensors are slow;
-    `maps` takes them out of it. Sixteen-bit rows are summed in float32.
-    """
-
-    def __init__(self, rows: Tensor, n: int) -> None:
-        num_rows, self._num_maps = rows.shape
-        self.dtype = torch.promote_types(rows.dtype, torch.float32)
-        self._num_rows = max(1, num_rows if rows.is_cuda else min(num_rows, _BLOCK_ELEMENTS // self._num_maps))
-        self._n, self._stride = n, self._num_maps + n // 2
-        self._flat = rows.new_zeros(self._num_rows * self._stride + 2 * (n // 2), dtype=self.dtype)
-
-    def split(self, rows: Tensor) -> tuple[Tensor, ...]:
-        return rows.split(self._num_rows)
-
-    def sum_products(self, x: Tensor, y: Tensor) -> Tensor:
-        """Window sums of x * y for a block (R, maps), in a new flat tensor: view it with `maps`."""
-        half, length = self._n // 2, len(x) * self._stride
-        torch.mul(x, y, out=self.maps(self._flat[half : half + length]))
-        total = self._flat[:length] + self._flat[1 : length + 1]
-        for shift in range(2, self._n):
-            total += self._flat[shift : shift + length]
-        return total
-
-    def maps(self, flat: Tensor) -> Tensor:
-        return flat.view(-1, self._stride)[:, : self._num_maps]
-
-
-def _power(s: Tensor, beta: float) -> Tensor:
-    if beta == 0.75:  # P 3.3; two roots take a fraction of the time of a power
-        root = s.sqrt()
-        return root * root.sqrt()
-    return s.pow(beta)

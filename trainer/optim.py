@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
 from pipeline.errors import UserError
+from trainer.native import load_native
 from trainer.recipe import Recipe
 
 _CUT = 10.0  # P 5: "divide the learning rate by 10"; S the same
@@ -51,17 +52,22 @@ class PaperSGD(torch.optim.Optimizer):
         return loss
 
     def _update(self, weights: list[Tensor], lr: float, momentum: float, decay: float) -> None:
-        if not weights:
-            return
         for weight in weights:
             if "velocity" not in self.state[weight]:
                 self.state[weight]["velocity"] = torch.zeros_like(weight)
-        velocities = [self.state[weight]["velocity"] for weight in weights]
-        torch._foreach_mul_(velocities, momentum)
-        if decay != 0.0:
-            torch._foreach_add_(velocities, weights, alpha=-decay * lr)
-        torch._foreach_add_(velocities, [weight.grad for weight in weights if weight.grad is not None], alpha=-lr)
-        torch._foreach_add_(weights, velocities)
+        moved = [(weight, self.state[weight]["velocity"], weight.grad) for weight in weights if weight.grad is not None]
+        native = load_native() if weights and weights[0].device.type == "cpu" else None
+        if native is not None:  # one pass over memory where it can be, to the same bits
+            for one in filter(native.can_update, moved):
+                native.update(*one, lr, momentum, decay * lr)
+            moved = [one for one in moved if not native.can_update(one)]
+        if moved:
+            now, velocities, gradients = map(list, zip(*moved, strict=True))
+            torch._foreach_mul_(velocities, momentum)
+            if decay != 0.0:
+                torch._foreach_add_(velocities, now, alpha=-decay * lr)
+            torch._foreach_add_(velocities, gradients, alpha=-lr)
+            torch._foreach_add_(now, velocities)
 
 
 def make_optimizer(model: nn.Module, recipe: Recipe) -> PaperSGD:

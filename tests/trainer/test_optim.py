@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from pipeline.errors import UserError
 from tests import oracle
+from trainer import optim
 from trainer.model import AlexNet
+from trainer.native import load_native
 from trainer.optim import PaperSGD, Schedule, make_optimizer, make_schedule
 from trainer.recipe import RECIPES, Recipe, override
 
@@ -59,6 +61,41 @@ def test_update_agrees_with_the_oracle_through_changes_of_rate() -> None:
         for weight, (w, v) in zip(weights, expected, strict=True):
             np.testing.assert_allclose(weight.numpy(), w, rtol=1e-13)
             np.testing.assert_allclose(optimizer.state[weight]["velocity"].numpy(), v, rtol=1e-13)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.0005])
+def test_the_update_in_one_pass_gives_the_bits_of_torchs_kernels(decay: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    if load_native() is None:
+        pytest.skip("no C compiler")
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((96, 3, 11, 11), (1001,), (257, 33))
+    ours = [torch.randn(shape, generator=generator) for shape in shapes]
+    ours[0] = ours[0].to(memory_format=torch.channels_last)
+    theirs = [weight.clone() for weight in ours]
+    optimizers = [PaperSGD(weights, lr=0.01, momentum=0.9, decay=decay) for weights in (ours, theirs)]
+    for lr in (0.01, 0.003, 0.3):
+        for weight, other in zip(ours, theirs, strict=True):
+            weight.grad = torch.randn(weight.shape, generator=generator)
+            other.grad = weight.grad.clone()
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = lr
+        optimizers[0].step()
+        with monkeypatch.context() as patch:
+            patch.setattr(optim, "load_native", lambda: None)
+            optimizers[1].step()
+        for weight, other in zip(ours, theirs, strict=True):
+            assert torch.equal(weight, other)
+            velocities = (o.state[w]["velocity"] for o, w in zip(optimizers, (weight, other), strict=True))
+            assert torch.equal(*velocities)
+
+
+def test_gradients_of_other_strides_take_torchs_way() -> None:
+    weight = torch.randn(4, 6)
+    expected = weight.clone()
+    optimizer = PaperSGD([weight], lr=0.5, decay=0.0)
+    weight.grad = torch.randn(6, 4).t()
+    optimizer.step()
+    torch.testing.assert_close(weight, expected - 0.5 * weight.grad)
 
 
 def test_torchs_sgd_is_the_same_until_the_rate_changes_and_differs_after() -> None:

@@ -1,0 +1,64 @@
+"""The GPU's LRN kernels, run by Triton's interpreter on the CPU, against the oracle. Without Triton: skipped."""
+
+import importlib
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from tests import oracle
+from trainer import lrn
+from trainer.native import Norm
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """The module as the interpreter sees it: it looks at the environment when a kernel is defined."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.delitem(sys.modules, "trainer.lrn_triton", raising=False)
+    yield importlib.import_module("trainer.lrn_triton")
+    sys.modules.pop("trainer.lrn_triton", None)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2**-8), (torch.float16, 2e-3)]
+)
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("num_towers", [1, 2])
+def test_the_kernels_agree_with_the_oracle(kernels, dtype, tolerance, relu, num_towers):
+    generator = torch.Generator().manual_seed(0)
+    x = (4.0 * torch.randn(3, 5, 7, 24, generator=generator)).to(dtype)  # two blocks and a remainder, in NHWC
+    gradient = torch.randn(x.shape, generator=generator).to(dtype)
+    constants = {"k": 1.5, "alpha": 0.1, "num_towers": num_towers}
+    norm = Norm(1.5, 5, 0.1, 0.75, relu)
+    rows, gradients = (t.view(-1, 24 // num_towers) for t in (x, gradient))
+    assert kernels.can_normalise(rows, norm)
+    found = kernels.lrn_forward(rows, norm), kernels.lrn_backward(rows, gradients, norm)
+    given, incoming = (t.double().permute(0, 3, 1, 2).numpy() for t in (x, gradient))
+    a = np.maximum(given, 0) if relu else given
+    back = oracle.lrn_backward(a, incoming, **constants)
+    expected = oracle.lrn(a, **constants), np.where(given > 0, back, 0) if relu else back
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.dtype == dtype
+        got = ours.view(x.shape).permute(0, 3, 1, 2).double().numpy()
+        np.testing.assert_allclose(got, theirs, rtol=tolerance, atol=tolerance)
+
+
+def test_other_windows_powers_and_dtypes_are_left_to_torch(kernels):
+    rows, norm = torch.zeros(2, 8), Norm(2.0, 5, 1e-4, 0.75)
+    assert not kernels.can_normalise(rows.double(), norm)
+    assert not kernels.can_normalise(rows, norm._replace(n=3))
+    assert not kernels.can_normalise(rows, norm._replace(beta=0.5))
+
+
+def test_kernels_are_used_only_if_their_trial_agrees_with_torch(kernels, monkeypatch, capsys):
+    assert lrn.load_triton.__wrapped__("cpu") is not None and capsys.readouterr().err == ""
+    right = kernels.lrn_backward
+    monkeypatch.setattr(kernels, "lrn_backward", lambda rows, gradient, norm: right(rows, gradient, norm) * 1.001)
+    monkeypatch.setitem(sys.modules, "trainer.lrn_triton", kernels)
+    monkeypatch.setattr("trainer.lrn_triton", kernels, raising=False)
+    assert lrn.load_triton.__wrapped__("cpu") is None
+    assert "Triton cannot be used for LRN" in capsys.readouterr().err

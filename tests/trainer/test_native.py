@@ -1,0 +1,69 @@
+"""What the compiled functions leave to torch, and the memory that a process keeps."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from trainer import native
+from trainer.native import Native, Norm, load_native
+
+PAPER = Norm(2.0, 5, 1e-4, 0.75)
+COUNT_FAULTS = """
+import resource, torch
+from trainer.native import keep_freed_memory
+def count():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.empty(1 << 22).fill_(1.0)  # 16 MiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+given_back = [count() for _ in range(3)]
+assert keep_freed_memory()
+for _ in range(20):
+    count()  # the first few leave gaps
+print(given_back[-1], count())
+"""
+
+
+@pytest.mark.parametrize("compiler", ["/nowhere/cc", "false"])
+def test_without_a_working_c_compiler_there_are_no_compiled_functions(monkeypatch, compiler):
+    monkeypatch.setenv("CC", compiler)
+    assert load_native.__wrapped__() is None
+
+
+def test_only_what_the_c_file_can_do_is_given_to_it():
+    rows = torch.zeros(3, 48)
+    assert Native.can_normalise(rows, PAPER) and Native.can_normalise(rows.bfloat16(), PAPER)
+    for other in (rows.double(), rows.half(), torch.zeros(1, 4096), torch.empty(3, 48, device="meta")):
+        assert not Native.can_normalise(other, PAPER)
+    assert not Native.can_normalise(rows, PAPER._replace(beta=0.5))
+    assert not Native.can_normalise(rows, PAPER._replace(n=19))
+    cube = torch.zeros(4, 4)
+    assert Native.can_update((cube, cube, cube))
+    for other in (cube.double(), torch.zeros(8, 8)[:4, :4], cube.t().contiguous().t()):
+        assert not Native.can_update((cube, cube, other))
+    assert not Native.can_update((torch.zeros(8, 8)[::2, ::2],) * 3)  # alike, but with gaps
+
+
+def test_the_largest_rows_and_windows_fit_their_buffers():
+    """The widest row there may be, with the longest window: nothing is written beside it."""
+    library = load_native()
+    if library is None:
+        pytest.skip("no C compiler")
+    norm = PAPER._replace(n=native._MOST_N, scale=0.1)
+    for num_maps in (1, 2, 9, native._MOST_MAPS):
+        rows = torch.randn(5, num_maps)
+        assert Native.can_normalise(rows, norm)
+        windows = torch.nn.functional.pad(rows**2, (8, 8)).unfold(1, 17, 1).sum(2)
+        torch.testing.assert_close(library.lrn_forward(rows, norm), rows / (2.0 + 0.1 * windows) ** 0.75)
+        gradient = library.lrn_backward(rows, torch.ones_like(rows), norm)
+        leaf = rows.clone().requires_grad_()
+        windows = torch.nn.functional.pad(leaf**2, (8, 8)).unfold(1, 17, 1).sum(2)
+        (leaf / (2.0 + 0.1 * windows) ** 0.75).sum().backward()
+        torch.testing.assert_close(gradient, leaf.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_freed_memory_is_used_again_without_asking_the_system():
+    done = subprocess.run([sys.executable, "-c", COUNT_FAULTS], capture_output=True, text=True, check=True)
+    given_back, kept = map(int, done.stdout.split())
+    assert kept < 10 < 1000 < given_back
