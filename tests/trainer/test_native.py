@@ -15,7 +15,7 @@ import resource, torch
 from trainer.native import keep_freed_memory
 def count():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.empty(1 << 22).fill_(1.0)  # 16 MiB
+    torch.empty(1 << 24).fill_(1.0)  # 64 MiB: more than glibc would keep
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 given_back = [count() for _ in range(3)]
 assert keep_freed_memory()
