@@ -17,13 +17,8 @@ from numpy.typing import NDArray
 from pipeline.errors import UserError
 from pipeline.finish import CROP_SIZE_PX, Constants, Transform
 from pipeline.shardset import write_atomic
-from trainer.model import (
-    _PADS_PX,
-    _SPATIAL_K,
-    _SPATIAL_POWER,
-    _SPATIAL_SCALE,
-    _SPATIAL_SIZE,
-)
+from trainer.lrn import _SPATIAL_K, _SPATIAL_POWER, _SPATIAL_SCALE, _SPATIAL_SIZE
+from trainer.model import _PADS_PX
 from trainer.recipe import to_dict
 from trainer.weights import Weights, list_classes, make_net
 
