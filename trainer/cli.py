@@ -7,13 +7,16 @@ that `--help` answers at once and a wrong flag costs nothing. Left out: the work
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from pipeline import console
 from pipeline.errors import UserError
 from trainer.recipe import RECIPES, Recipe, from_dict, override
+
+if TYPE_CHECKING:
+    from trainer.weights import Weights
 
 _SETTINGS = {"help_option_names": ["-h", "--help"], "show_default": True}
 _NEWEST = "newest"
@@ -72,6 +75,9 @@ def _add_feed_options(function: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--name", show_default="the recipe's name", help="Name of the run's folder; a number is added if taken.")
 @click.option("--resume", is_flag=False, flag_value=_NEWEST, metavar="[RUN]", show_default=False,
               help="Go on with RUN (a name or folder); without RUN, with the newest of that --name.")  # fmt: skip
+@click.option("--weights", "weights_text", metavar="RUN|FILE", show_default=False,
+              help="Start from the net of a run, or in a file (of alexnet-export, torchvision's, Caffe's); its recipe "
+                   "is the default.")  # fmt: skip
 @click.option("--set", "settings", multiple=True, metavar="FIELD=VALUE", help="Any field of the recipe; repeatable.")
 def _train(
     shards: str | None,
@@ -87,6 +93,7 @@ def _train(
     seed: int | None,
     name: str | None,
     resume: str | None,
+    weights_text: str | None,
     settings: tuple[str, ...],
     decode: str | None,
     host_share: float | None,
@@ -101,11 +108,11 @@ def _train(
     """
     given = {"epochs": epochs, "global_batch_size": global_batch_size, "lr": lr}
     changes = [f"{field}={value}" for field, value in given.items() if value is not None] + list(settings)
-    folder = None
+    folder, weights_path, weights = None, None, None
     feeding: dict[str, Any] = {}
     if resume:
         fixed = {"--recipe": recipe_name, "--seed": seed, "--lr": lr, "--global-batch-size": global_batch_size,
-                 "--set": settings or None}  # fmt: skip
+                 "--set": settings or None, "--weights": weights_text}  # fmt: skip
         clash = [flag for flag, value in fixed.items() if value is not None]
         if clash:
             raise click.UsageError(f"--resume goes on with the run's own settings; leave out {', '.join(clash)}")
@@ -115,7 +122,15 @@ def _train(
         feeding = config.get("feeding", {})
     else:
         recipe = RECIPES[recipe_name or "paper"]
+        if weights_text:
+            weights_path, weights = _read_weights(runs, weights_text)
+            recipe = RECIPES[recipe_name] if recipe_name else weights.recipe
     recipe = override(recipe, changes)
+    if weights:
+        from trainer.finetune import check_fits
+
+        check_fits(recipe, weights)  # before any rank starts
+        weights = None
 
     from pipeline.colorstats import ColorStats
     from pipeline.shardset import ShardSet
@@ -142,6 +157,7 @@ def _train(
         seed=seed or 0,
         use_gpu=use_gpu,
         resume=folder,
+        weights=weights_path,
         num_threads=num_threads,
         cache_dir=cache_dir,
         cache_gib=cache_gib,
@@ -150,6 +166,15 @@ def _train(
     if num_ranks > 1 and not distributed.under_launcher():
         return distributed.launch(run_rank, (job,), num_ranks)
     return run_rank(job)
+
+
+def _read_weights(runs: Path, text: str) -> "tuple[Path, Weights]":
+    """Where the weights to start from are, and what they are."""
+    from trainer.interchange import load_any
+    from trainer.runlog import resolve_run
+
+    path = Path(text) if Path(text).is_file() else resolve_run(runs, text)
+    return path.absolute(), load_any(path, is_completed=False)
 
 
 def _find_run(runs: Path, resume: str, name: str) -> Path:

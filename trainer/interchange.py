@@ -60,13 +60,17 @@ _CAFFE_MEAN = (123.0, 117.0, 104.0)  # RGB; train_val.prototxt of the reference 
 _CAFFE_NAME = re.compile(r"(conv[1-5]|fc[6-8])[._/-]?(weights?|w|0|bias(?:es)?|b|1)(?::0)?")
 
 
-def load_any(path: Path, which: str = "best", shards: ShardSet | None = None) -> Weights:
-    """The net of a run's folder, or in a file of weights. Raises UserError for one that cannot be used."""
+def load_any(path: Path, which: str = "best", shards: ShardSet | None = None, *, is_completed: bool = True) -> Weights:
+    """The net of a run's folder, or in a file of weights; see load_run. Raises UserError if it cannot be used."""
     if path.is_dir():
-        return load_run(path, which, shards)
+        return load_run(path, which, shards, is_completed=is_completed)
     if checkpoint.is_sealed(path):
         run = path.resolve().parent.parent
-        return load_run(run, str(path), shards) if (run / CONFIG).is_file() else load_checkpoint(path)
+        return (
+            load_run(run, str(path), shards, is_completed=is_completed)
+            if (run / CONFIG).is_file()
+            else load_checkpoint(path)
+        )
     return load_file(path)
 
 

@@ -23,6 +23,8 @@ from trainer import checkpoint
 from trainer.distributed import Ranks, StopRequest, gather, join, reduce_sum
 from trainer.evaluate import Errors, count_errors, evaluate, make_eval_loader
 from trainer.feed import Feeding, TrainFeed
+from trainer.finetune import start_from
+from trainer.interchange import load_any
 from trainer.journal import Journal
 from trainer.learner import Learner
 from trainer.recipe import Recipe, to_dict
@@ -46,6 +48,7 @@ class Job:
     seed: int
     use_gpu: bool
     resume: Path | None = None
+    weights: Path | None = None  # a run's folder or a file to start from, see finetune.py
     num_threads: int | None = None
     cache_dir: str | None = None
     cache_gib: float | None = None
@@ -79,6 +82,10 @@ class _Run:
         if saved:
             self._check_resumable(saved)
         self.learner = Learner(recipe, self.shards.num_classes, ranks, job.seed)
+        self.started_from = None
+        if job.weights and not job.resume:
+            classes = self.shards.manifest.classes
+            self.started_from = start_from(self.learner.model, load_any(job.weights, is_completed=False), classes)
         self.step, self.epoch, self.time_s, self.best_error = 0, 1, 0.0, math.inf
         self.sums = torch.zeros(4, dtype=torch.float64, device=ranks.device)
         torch.manual_seed(stream_seed(job.seed, "dropout", ranks.rank))  # towers of one net, but noise of one's own
@@ -116,6 +123,7 @@ class _Run:
             "world_size": self.ranks.world_size,
             "device": self.ranks.device.type,
             "feeding": asdict(self.job.feeding),
+            "weights": self.started_from and asdict(self.started_from),
         }
 
     def train(self, stop: StopRequest) -> int:
@@ -123,6 +131,8 @@ class _Run:
         precision = "bfloat16 autocast" if self.learner.dtype == torch.bfloat16 else "float32"
         where = f"{self.ranks.world_size} x {self.ranks.device.type}, {precision}"
         steps = f"{steps_per_epoch} steps of {recipe.global_batch_size} images an epoch"
+        if self.started_from:
+            self.journal.say(self.started_from.describe())
         self.journal.say(f"{self.journal.folder}: recipe {recipe.name}, {where}, {steps}")
         with TrainDisplay(recipe.epochs, steps_per_epoch, steps_done=self.step) as display:
             self.journal.show(display)

@@ -45,10 +45,11 @@ class Weights:
         return len(self.state["fc8.bias"])
 
 
-def load_run(run: Path, which: str = "best", shards: ShardSet | None = None) -> Weights:
+def load_run(run: Path, which: str = "best", shards: ShardSet | None = None, *, is_completed: bool = True) -> Weights:
     """A checkpoint of a run: "best", "last", or the path of one. Raises UserError for one that cannot be used.
 
-    shards: where colours and names are if the run does not have them; None: the run's own.
+    shards: where colours and names are if the run does not have them; None: the run's own. is_completed=False: they
+    may be missing.
     """
     folder = run / CHECKPOINTS
     path = {"best": folder / BEST, "last": folder / LAST}.get(which, Path(which))
@@ -58,7 +59,7 @@ def load_run(run: Path, which: str = "best", shards: ShardSet | None = None) -> 
         weights = replace(weights, colors=ColorStats.load(run, str(weights.shards_fingerprint)))
     if "classes" in config:
         weights = replace(weights, classes=parse_classes(config["classes"], f"{run / CONFIG}", weights.num_classes))
-    if (weights.colors is None or weights.classes is None) and "shards" in config:
+    if is_completed and (weights.colors is None or weights.classes is None) and "shards" in config:
         weights = complete(weights, shards or ShardSet.open(config["shards"]))
     return weights
 
