@@ -12,6 +12,7 @@ the pictures (ablate_table.py).
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -219,8 +220,6 @@ def final_training_error(metrics: Iterable[dict[str, Any]]) -> float:
 
 def show(done: Sequence[Run], shards: ShardSet, options: argparse.Namespace) -> str:
     """Write OUT/ablation.md, .json and .png of the runs that are done; the table."""
-    import os
-
     from ablate_table import compare, format_table, plot
 
     from trainer.runlog import METRICS, read_metrics

@@ -114,6 +114,7 @@ def plot_overfitting(runs: Mapping[str, Sequence[Record]], path: Path) -> None:
 def overfitting_figure(runs: Mapping[str, Sequence[Record]]) -> "Figure":
     """Runs side by side: top-1 error on training and validation images above, the loss on both below, over epochs."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     with style():
         figure = Figure(figsize=(4.9 * max(len(runs), 1) + 0.6, 7.4), layout="constrained")
@@ -136,6 +137,7 @@ def overfitting_figure(runs: Mapping[str, Sequence[Record]]) -> "Figure":
             panels[1][column].set_xlabel("epochs")
             panels[0][column].legend(loc="upper right")
         panels[0][0].set_xlim(left=0)
+        panels[0][0].xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure
 
 
