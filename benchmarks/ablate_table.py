@@ -169,7 +169,7 @@ def differences_figure(rows: Sequence[Row]) -> "Figure":
         axes.plot([], [], marker="o", color=BLUE, markersize=8, markerfacecolor="white", label="here, 95 %: holds 0")
         axes.plot([], [], marker="D", color=VERMILION, markersize=7, linestyle="", label="paper, on ImageNet")
         axes.set_yticks(range(len(shown)), [row.effect.what for row in shown])
-        axes.invert_yaxis()
+        axes.set_ylim(len(shown) - 0.5, -0.5)
         axes.grid(visible=False, axis="y")
         axes.set_xlabel("change of top-1 error when switched off, points (right: worse)")
         figure.legend(loc="outside upper center", ncols=3)

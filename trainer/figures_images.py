@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 _COLUMNS = 4
 _NAME_LETTERS = 20
+_BAR_END = 1.3  # bars end at 1: beyond it stand the numbers
 
 
 def plot_guesses(examples: Examples, names: Sequence[str], path: Path) -> None:
@@ -65,8 +66,8 @@ def _draw_bars(axes: "Axes", guess: Guess, names: Sequence[str]) -> None:
             fontweight="bold" if true else "normal",
             bbox={"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 0.8} if true else None,
         )  # fmt: skip
-        axes.text(1.0, place, f"{100 * probability:.0f} %", va="center", ha="right", fontsize=11)
-    axes.set(xlim=(0, 1), ylim=(4.6, -0.6))
+        axes.text(_BAR_END, place, f"{100 * probability:.0f} %", va="center", ha="right", fontsize=11)
+    axes.set(xlim=(0, _BAR_END), ylim=(4.6, -0.6))
 
 
 def neighbours_figure(rows: Sequence[Sequence[Neighbour]], names: Sequence[str], num_searched: int) -> "Figure":

@@ -119,6 +119,10 @@ def test_bars_are_the_probabilities_and_the_true_class_is_marked():
     assert [bar.get_hatch() for bar in bars[0].patches] == [None, "///", None]
     assert bar_texts(bars[0]) == ["tench", "70 %", "a$^$b", "20 %", "cat", "10 %"]
     assert [bar.get_hatch() for bar in bars[1].patches] == ["///", None]
+    figure.canvas.draw()
+    for number in bars[0].texts[1::2]:  # the percentages stand beyond the longest bar there could be
+        left = number.get_window_extent().transformed(bars[0].transData.inverted()).x0
+        assert left >= 1.0
 
 
 def test_neighbours_show_class_distance_and_whether_the_class_is_the_same():
