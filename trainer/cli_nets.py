@@ -197,7 +197,8 @@ def _print_best(what: object, best: "tuple[Guess, ...]") -> None:
     from rich.markup import escape
 
     rows = [[escape(printable(guess.name)), f"{100 * guess.probability:.1f} %"] for guess in best]
-    console.print_table(escape(printable(what)), ["class", "probability"], rows)
+    console.say(printable(what))  # not as the table's title, which would be broken to the table's width
+    console.print_table("", ["class", "probability"], rows)
 
 
 def _find_weights(runs: Path, run: str | None, weights_file: Path | None, checkpoint: str) -> "Weights":
