@@ -48,6 +48,9 @@ from pipeline.shardset import KEY_DIGITS, ShardSet
 __all__ = ["Batch", "Draws", "EvalLoader", "TrainLoader", "read_pixels"]
 
 
+_FORM = ("dtype", "layout")  # of a transform: what its result is kept as changes neither samples nor draws
+
+
 class Draws(NamedTuple):
     """What was drawn for a training batch: offset (B, 2) as (y, x), flip (B,), shift (B, 3) grey levels, keys."""
 
@@ -159,7 +162,7 @@ class TrainLoader:
             "seed": seed,
             "device": device,
             "decoder": feed.decode,
-            "transform": asdict(transform),
+            "transform": {name: value for name, value in asdict(transform).items() if name not in _FORM},
         }
         self._in_flight = InFlight(feed)
         self._source = torch.arange(self.local_batch_size)

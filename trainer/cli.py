@@ -4,7 +4,6 @@ The decision that shaped it: flags become one frozen Job before anything heavy i
 that `--help` answers at once and a wrong flag costs nothing. Left out: the work; that is in the modules imported below.
 """
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,8 @@ import click
 
 from pipeline import console
 from pipeline.errors import UserError
-from trainer.recipe import RECIPES, Recipe, from_dict, override
+from trainer.cli_ranks import add_rank_options, check_divisible, choose_devices, choose_parallel, count_ranks
+from trainer.recipe import RECIPES, from_dict, override
 
 if TYPE_CHECKING:
     from trainer.weights import Weights
@@ -65,6 +65,7 @@ def _add_feed_options(function: Callable[..., Any]) -> Callable[..., Any]:
 @click.command(cls=console.Command, context_settings=_SETTINGS)
 @_add_common_options
 @_add_feed_options
+@add_rank_options
 @click.option("--recipe", "recipe_name", type=click.Choice(list(RECIPES)), show_default="paper",
               help="Network, data and optimisation as one name.")  # fmt: skip
 @click.option("--epochs", type=click.IntRange(min=1), show_default="the recipe's", help="Epochs at the most.")
@@ -100,16 +101,24 @@ def _train(
     hw_decoder_load: float | None,
     cache: str | None,
     prefetch_batches: int | None,
+    parallel: str | None,
+    gradients: str | None,
+    bucket_mib: float | None,
+    max_restarts: int,
+    restart_epoch: bool,
 ) -> int:
     """Train AlexNet on shards, as the 2012 paper did.
 
     Makes RUNS/NAME with checkpoints, metrics and the record of its surroundings. Ctrl-C finishes the step, saves and
-    says how to go on. Several ranks: --gpus N, or torchrun --nproc-per-node N -m trainer.
+    says how to go on. Several ranks: --gpus N, or torchrun --nproc-per-node N -m trainer, or srun.
     """
     given = {"epochs": epochs, "global_batch_size": global_batch_size, "lr": lr}
     changes = [f"{field}={value}" for field, value in given.items() if value is not None] + list(settings)
     folder, weights_path, weights = None, None, None
     feeding: dict[str, Any] = {}
+    saved_parallel: dict[str, Any] = {}
+    if restart_epoch and not resume:
+        raise click.UsageError("--restart-epoch needs --resume: it goes back to the end of a run's last whole epoch")
     if resume:
         fixed = {"--recipe": recipe_name, "--seed": seed, "--lr": lr, "--global-batch-size": global_batch_size,
                  "--set": settings or None, "--weights": weights_text}  # fmt: skip
@@ -119,7 +128,7 @@ def _train(
         folder = _find_run(runs, resume, name or "paper")
         config = _read_config(folder)
         recipe, seed, shards = from_dict(config["recipe"]), config["seed"], shards or config["shards"]
-        feeding = config.get("feeding", {})
+        feeding, saved_parallel = config.get("feeding", {}), config.get("parallel", {})
     else:
         recipe = RECIPES[recipe_name or "paper"]
         if weights_text:
@@ -137,8 +146,9 @@ def _train(
 
     opened = ShardSet.open(shards or "shards", cache_dir=cache_dir, cache_gib=cache_gib)
     ColorStats.load(opened.root, opened.fingerprint)  # a fault in the data is told before any rank starts
-    from trainer import distributed
+    from trainer.distributed import under_launcher
     from trainer.feed import Feeding
+    from trainer.launch import launch, run_as_rank
     from trainer.train import Job, run_rank
 
     fed = {"decode": decode, "host_share": host_share, "hw_decoder_load": hw_decoder_load,
@@ -147,8 +157,10 @@ def _train(
     if cache is not None:
         feeding["cache"] = None if cache == "none" else cache
 
-    num_ranks, use_gpu = _choose_devices(num_gpus)
-    _check_divisible(recipe, num_ranks)
+    num_ranks, use_gpu = choose_devices(num_gpus)
+    world_size = count_ranks(num_ranks)
+    check_divisible(recipe, world_size)
+    asked = {"mode": parallel, "gradients": gradients, "bucket_mib": bucket_mib}
     job = Job(
         shards=shards or "shards",
         runs=runs,
@@ -162,10 +174,14 @@ def _train(
         cache_dir=cache_dir,
         cache_gib=cache_gib,
         feeding=Feeding(**feeding),
+        parallel=choose_parallel(
+            recipe, opened.num_classes, world_size, use_gpu=use_gpu, asked=asked, saved=saved_parallel
+        ),
+        restart_epoch=restart_epoch,
     )
-    if num_ranks > 1 and not distributed.under_launcher():
-        return distributed.launch(run_rank, (job,), num_ranks)
-    return run_rank(job)
+    if under_launcher():
+        return run_as_rank(run_rank, job)
+    return launch(run_rank, (job,), num_ranks, max_restarts) if num_ranks > 1 else run_rank(job)
 
 
 def _read_weights(runs: Path, text: str) -> "tuple[Path, Weights]":
@@ -191,33 +207,6 @@ def _read_config(run: Path) -> dict[str, Any]:
     if missing:
         raise UserError(f"{run / 'config.json'}: no {', '.join(sorted(missing))}; restore the file or start a new run")
     return config
-
-
-def _choose_devices(num_gpus: int | None) -> tuple[int, bool]:
-    """(ranks on this machine, whether on GPUs). Wrong usage if more are asked for than are visible."""
-    import torch
-
-    from trainer.distributed import under_launcher
-
-    found = torch.cuda.device_count()
-    if num_gpus is not None and num_gpus > found:
-        raise click.UsageError(
-            f"--gpus {num_gpus}: {found} visible; use --gpus {found}"
-            + (" (the CPU)" if found == 0 else "")
-            + ", or check nvidia-smi and CUDA_VISIBLE_DEVICES"
-        )
-    wanted = found if num_gpus is None else num_gpus
-    if wanted == 0 and num_gpus is None and os.environ.get("RANK", "0") == "0":
-        console.note("no GPU is visible: using the CPU")
-    return (1 if under_launcher() else max(wanted, 1)), wanted > 0
-
-
-def _check_divisible(recipe: Recipe, num_ranks: int) -> None:
-    if recipe.global_batch_size % num_ranks:
-        raise click.UsageError(
-            f"--global-batch-size {recipe.global_batch_size} cannot be divided among {num_ranks} GPUs; "
-            f"use {recipe.global_batch_size // num_ranks * num_ranks or num_ranks}"
-        )
 
 
 @click.command(cls=console.Command, context_settings=_SETTINGS)

@@ -4,7 +4,6 @@ The decision that shaped it: as in cli.py, everything is checked before anything
 bench_run.py.
 """
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +11,8 @@ import click
 
 from pipeline import console
 from pipeline.errors import UserError
-from trainer.cli import _SETTINGS, _check_divisible, _choose_devices
+from trainer.cli import _SETTINGS
+from trainer.cli_ranks import check_divisible, choose_devices, count_ranks
 from trainer.recipe import RECIPES, override
 
 if TYPE_CHECKING:
@@ -62,11 +62,12 @@ def command(
     recipe = override(RECIPES[recipe_name], [*changes, *settings])
     folder = shards if what == "step" else shards or "shards"
     opened = _open_shards(folder) if folder else None
-    from trainer import distributed
     from trainer.bench_run import BenchJob, fit_batch, run_rank
+    from trainer.distributed import under_launcher
+    from trainer.launch import launch, run_as_rank
 
-    num_ranks, use_gpu = _choose_devices(num_gpus)
-    world_size = int(os.environ["WORLD_SIZE"]) if distributed.under_launcher() else num_ranks
+    num_ranks, use_gpu = choose_devices(num_gpus)
+    world_size = count_ranks(num_ranks)
     if opened and what != "step" and not any("global_batch_size" in change for change in [*changes, *settings]):
         fitted = fit_batch(recipe, opened.num_samples("train"), world_size)
         if fitted != recipe:
@@ -75,11 +76,11 @@ def command(
                 f"{fitted.global_batch_size} instead of {recipe.global_batch_size}"
             )
         recipe = fitted
-    _check_divisible(recipe, world_size)
+    check_divisible(recipe, world_size)
     job = BenchJob(what, recipe, folder, use_gpu, num_threads, duration_s, num_rounds, as_json)
-    if num_ranks > 1 and not distributed.under_launcher():
-        return distributed.launch(run_rank, (job,), num_ranks)
-    return run_rank(job)
+    if under_launcher():
+        return run_as_rank(run_rank, job)
+    return launch(run_rank, (job,), num_ranks) if num_ranks > 1 else run_rank(job)
 
 
 def _open_shards(folder: str) -> "ShardSet":

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pipeline import console
-from trainer.cli import _SETTINGS, _add_common_options, _choose_devices, _read_config
+from trainer.cli import _SETTINGS, _add_common_options, _read_config
+from trainer.cli_ranks import choose_devices
 from trainer.tables import check_target, format_line, printable, write_csv
 
 if TYPE_CHECKING:
@@ -57,9 +58,10 @@ def evaluate(
 
     found = [Path(text) if Path(text).is_file() else resolve_run(runs, text) for text in nets]
     trained_on = [_read_config(path)["shards"] for path in found if path.is_dir()]
-    num_ranks, use_gpu = _choose_devices(num_gpus)
-    from trainer import distributed
+    num_ranks, use_gpu = choose_devices(num_gpus)
+    from trainer.distributed import under_launcher
     from trainer.ensemble import Job, run_rank
+    from trainer.launch import launch, run_as_rank
 
     job = Job(
         nets=tuple(found),
@@ -72,9 +74,9 @@ def evaluate(
         as_json=as_json,
         predictions=predictions,
     )
-    if num_ranks > 1 and not distributed.under_launcher():
-        return distributed.launch(run_rank, (job,), num_ranks)
-    return run_rank(job)
+    if under_launcher():
+        return run_as_rank(run_rank, job)
+    return launch(run_rank, (job,), num_ranks) if num_ranks > 1 else run_rank(job)
 
 
 @click.command(cls=console.Command, context_settings=_SETTINGS)
@@ -115,7 +117,7 @@ def predict(
         raise click.UsageError("--run and --weights name two nets; leave out one of them")
     if csv_file:
         check_target(csv_file)
-    _, use_gpu = _choose_devices(num_gpus)
+    _, use_gpu = choose_devices(num_gpus)
     from trainer.predict import Predictor, list_images
     from trainer.predict import predict as predict_files
 

@@ -1,15 +1,19 @@
-"""Ranks: how they start, agree, reduce and stop. One process is a world of one, without a process group.
+"""Ranks: how they meet, agree, reduce and stop. One process is a world of one, without a process group.
 
 The decision that shaped it: whoever starts ranks (our launcher, torchrun, a cluster) says so in torch's own names,
-and `join` reads only those. GPUs reduce with NCCL, everything on the CPU with gloo. Left out: what the ranks compute
-(train.py, evaluate.py).
+and `join` reads only those. GPUs reduce with NCCL, everything on the CPU with gloo. Left out: starting ranks
+(launch.py, slurm.py), exchanges within a step (exchange.py), and what is computed.
 """
 
+import hashlib
 import os
 import signal
-from collections.abc import Callable, Iterator
+import socket
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Literal
 
@@ -17,8 +21,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipeline.console import STATUS_FAILED
 from pipeline.errors import UserError
+
+RESTART, LAUNCH_ID = "ALEXNET_RESTART", "ALEXNET_LAUNCH_ID"  # what our own launcher tells its ranks
+FAILURE, PEER_LOST = "failure", "peer lost"
+_MEETING = timedelta(minutes=10)  # the longest that ranks wait for each other
+_SIGNS_OF_LOSS = (
+    "connection closed by peer",
+    "connection reset by peer",
+    "broken pipe",
+    "socket closed",
+    "remote process exited",
+    "ncclremoteerror",
+)
+_failures: dist.Store | None = None  # where ranks say who failed first
 
 
 @dataclass(frozen=True)
@@ -40,58 +56,132 @@ class Ranks:
 
 
 def under_launcher() -> bool:
-    """Whether torchrun, or our own launcher, has started this process as one rank of several."""
+    """Whether torchrun, srun or our own launcher has started this process as one rank of several."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def restart_count() -> int:
+    """How often the launcher has started this job again after a rank had died."""
+    return sum(int(os.environ.get(name, "0")) for name in (RESTART, "TORCHELASTIC_RESTART_COUNT"))
+
+
+def launch_id() -> str | None:
+    """What the launcher calls this job, the same after a restart; None without one."""
+    named = os.environ.get(LAUNCH_ID) or os.environ.get("TORCHELASTIC_RUN_ID")
+    if named == "none":  # torchrun's default is the same for every job: told apart by its process
+        return f"none/{socket.gethostname()}/{os.getppid()}"
+    return named
 
 
 @contextmanager
 def join(use_gpu: bool) -> Iterator[Ranks]:
-    """Be a rank for the length of the block. Raises UserError if this rank's GPU does not exist."""
+    """Be a rank for the length of the block.
+
+    Raises UserError if this rank's GPU or NCCL is missing, the port is taken, or the ranks' code or versions differ.
+    """
     rank, world_size, local_rank = (int(os.environ.get(name, "0")) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    device = torch.device("cpu")
-    if use_gpu:
-        if local_rank >= torch.cuda.device_count():
-            raise UserError(
-                f"local rank {local_rank} has no GPU: {torch.cuda.device_count()} visible; start fewer ranks a node"
-            )
-        device = torch.device("cuda", local_rank)
+    device = choose_device(local_rank, use_gpu)
+    if device.type == "cuda":
         torch.cuda.set_device(device)
     if not under_launcher():
         yield Ranks(0, 1, device)
         return
-    dist.init_process_group("cpu:gloo,cuda:nccl" if use_gpu else "gloo")
+    if use_gpu and world_size > 1 and not dist.is_nccl_available():
+        raise UserError(
+            f"this torch ({torch.__version__}) has no NCCL, by which {world_size} GPUs reduce; install a CUDA build of "
+            "torch, or use one GPU (--gpus 1)"
+        )
+    _init(rank, world_size, use_gpu)
+    ranks = Ranks(rank, world_size, device)
+    check_alike(describe_software(), ranks)
+    _check_devices(ranks)
+    yield ranks
+    dist.destroy_process_group()  # not after an error: what a rank has to say comes before its peers see it leave
+
+
+def choose_device(local_rank: int, use_gpu: bool) -> torch.device:
+    """The GPU of this rank, or the CPU. Raises UserError if there is no such GPU."""
+    if not use_gpu:
+        return torch.device("cpu")
+    found = torch.cuda.device_count()
+    if found == 1 and "SLURM_PROCID" in os.environ:  # srun --gpus-per-task: each task sees its own alone
+        local_rank = 0
+    if local_rank >= found:
+        raise UserError(
+            f"local rank {local_rank} has no GPU: {found} visible; start at most {found} ranks on this machine, or "
+            "check nvidia-smi and CUDA_VISIBLE_DEVICES"
+        )
+    return torch.device("cuda", local_rank)
+
+
+def _init(rank: int, world_size: int, use_gpu: bool) -> None:
+    """Raises UserError if the port by which ranks meet is taken."""
+    global _failures
     try:
-        yield Ranks(rank, world_size, device)
-    finally:
-        dist.destroy_process_group()
-
-
-def launch(function: Callable[..., int], arguments: tuple[Any, ...], num_ranks: int) -> int:
-    """Run `function` as `num_ranks` ranks of this machine under torch's elastic launcher; returns the exit status.
-
-    A rank that fails takes the others down. A signal to this process is passed on, so that the ranks save and leave.
-    """
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=num_ranks,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=0,
-        start_method="spawn",
+        store, _, _ = next(dist.rendezvous("env://", timeout=_MEETING))
+    except (dist.DistNetworkError, RuntimeError) as error:
+        if "EADDRINUSE" in str(error) or "address already in use" in str(error):
+            where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            raise UserError(f"{where}: the port is in use; choose another with MASTER_PORT") from error
+        raise
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if use_gpu else "gloo", store=store, rank=rank, world_size=world_size, timeout=_MEETING
     )
+    _failures = dist.PrefixStore(f"alexnet/failures/{restart_count()}", store)
+
+
+def is_first_to(what: str) -> bool:
+    """Whether no other rank has claimed `what` before; also true where there is nobody to ask."""
     try:
-        statuses = elastic_launch(config, function)(*arguments)
-    except SignalException as stopped:
-        return 128 + int(stopped.sigval)
-    except ChildFailedError as failed:
-        rank, failure = failed.get_first_failure()
-        raise UserError(f"rank {rank} failed with status {failure.exitcode}; its message is above") from failed
-    return max((int(status) for status in statuses.values()), default=STATUS_FAILED)
+        return _failures is None or _failures.add(what, 1) == 1
+    except RuntimeError:  # the rank that keeps the books is gone
+        return what != PEER_LOST
+
+
+def is_peer_loss(error: BaseException) -> bool:
+    """Whether an error only says that another rank has gone."""
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(sign in text for sign in _SIGNS_OF_LOSS)
+
+
+def check_alike(facts: Mapping[str, str], ranks: Ranks) -> None:
+    """Raises UserError, on every rank, if `facts` (what, value) are not the same on all."""
+    found = gather(dict(facts), ranks)
+    for name, first in found[0].items():
+        other = next((rank for rank, theirs in enumerate(found) if theirs.get(name) != first), None)
+        if other is not None:
+            raise UserError(
+                f"ranks differ in {name}: rank 0 has {first}, rank {other} has {found[other].get(name)}; "
+                "give all machines the same"
+            )
+
+
+def describe_software() -> dict[str, str]:
+    """What has to be the same on all ranks, before any data is looked at."""
+    import importlib.metadata
+
+    digest = hashlib.sha256()
+    root = Path(__file__).resolve().parent.parent
+    for path in sorted(path for package in ("pipeline", "trainer") for path in (root / package).rglob("*.[cp]*")):
+        if path.suffix in (".py", ".c"):
+            digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return {
+        "the code of alexnet-dali (SHA-256)": digest.hexdigest()[:12],
+        "torch": torch.__version__,
+        "nvidia-dali": importlib.metadata.version("nvidia-dali-cuda120"),
+    }
+
+
+def _check_devices(ranks: Ranks) -> None:
+    """Raises UserError if two ranks compute on one GPU, with which NCCL cannot deal."""
+    if ranks.device.type != "cuda":
+        return
+    mine = str(getattr(torch.cuda.get_device_properties(ranks.device), "uuid", f"rank {ranks.rank}"))
+    seen: dict[str, int] = {}
+    for rank, place in enumerate(gather(f"{socket.gethostname()}/{mine}", ranks)):
+        if place in seen:
+            raise UserError(f"ranks {seen[place]} and {rank} have the same GPU; start one rank for each GPU")
+        seen[place] = rank
 
 
 def reduce_sum(tensor: Tensor, ranks: Ranks) -> Tensor:

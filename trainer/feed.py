@@ -1,20 +1,27 @@
 """What a rank's training reads: the loader as the recipe wants it, over epochs, and where it is.
 
-The decision that shaped it: whatever makes the loader begin its random streams anew (another graph from some epoch on)
-gives it a seed of its own, derived from the run's, so that no epoch is ever repeated. Left out: the loader itself
-(pipeline.loader).
+The decision that shaped it: whatever makes the loader begin its random streams anew (another graph, another number of
+ranks from some epoch on) gives it a seed of its own, derived from the run's, so that no epoch is ever repeated. Ranks
+that need the whole batch decode a share each and exchange pixels, a quarter of the bytes of finished input. Left out:
+the loader itself (pipeline.loader).
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import torch
+from torch import Tensor
+
+from pipeline.assemble import Decoded
 from pipeline.colorstats import ColorStats
 from pipeline.feeding import DecodeOption
-from pipeline.graph import stream_seed
+from pipeline.finish import Transform, Views
+from pipeline.graph import Feed, stream_seed
 from pipeline.loader import Batch, TrainLoader
 from pipeline.shardset import ShardSet
 from trainer.distributed import Ranks
+from trainer.exchange import all_gather
 from trainer.recipe import Recipe
 
 
@@ -37,7 +44,10 @@ def make_train_loader(
     seed: int = 0,
     num_threads: int | None = None,
     feeding: Feeding = Feeding(),
+    *,
+    as_pixels: bool = False,
 ) -> TrainLoader:
+    """`as_pixels`: crops as uint8, to be exchanged and then finished, with their draws."""
     return TrainLoader(
         shards,
         colors,
@@ -58,11 +68,24 @@ def make_train_loader(
         hw_decoder_load=feeding.hw_decoder_load,
         cache=feeding.cache,
         prefetch_batches=feeding.prefetch_batches,
+        dtype="uint8" if as_pixels else "float32",
+        with_draws=as_pixels,
     )
 
 
+def exchange_pixels(images: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    """All ranks' crops uint8 (B, 224, 224, 3) and colour shifts float32 (B, 3), from this rank's: images uint8
+    (b, 3, 224, 224), channels last in memory, shift (b, 3). On the images' device, in rank order."""
+    pixels = all_gather(images.permute(0, 2, 3, 1), "input").flatten(0, 1)
+    return pixels, all_gather(shift.to(images.device), "input").flatten(0, 1)
+
+
 class TrainFeed:
-    """This rank's training batches from `epoch` on. Iterate once an epoch, after `begin_epoch`."""
+    """This rank's training batches from `epoch` on. Iterate once an epoch, after `begin_epoch`.
+
+    `whole`: images are those of all ranks, in rank order; labels are this rank's own in any case. `seed`: of the
+    loader's streams; a state is only good for the same.
+    """
 
     def __init__(
         self,
@@ -75,9 +98,10 @@ class TrainFeed:
         epoch: int = 1,
         num_threads: int | None = None,
         feeding: Feeding = Feeding(),
+        whole: bool = False,
     ) -> None:
         self._shards, self._colors, self._recipe, self._ranks = shards, colors, recipe, ranks
-        self._seed, self._num_threads, self._feeding = seed, num_threads, feeding
+        self.seed, self._num_threads, self._feeding, self._whole = seed, num_threads, feeding, whole
         self._lighting = self._lighting_in(epoch)
         self._loader = self._make_loader()
 
@@ -97,7 +121,15 @@ class TrainFeed:
             self._loader = self._make_loader()
 
     def __iter__(self) -> Iterator[Batch]:
-        return iter(self._loader)
+        batches = iter(self._loader)
+        return self._exchange(batches) if self._whole else batches
+
+    def _exchange(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        finish = _Finish(self._colors, replace(self._recipe, lighting=self._lighting), self._loader.feed)
+        for images, labels in batches:
+            draws = self._loader.draws
+            assert draws is not None  # as_pixels asks for them
+            yield Batch(finish(*exchange_pixels(images, draws.shift)), labels)
 
     def state_dict(self) -> dict[str, Any]:
         return self._loader.state_dict()
@@ -112,9 +144,32 @@ class TrainFeed:
         return None if off is not None and epoch >= off else self._recipe.lighting
 
     def _make_loader(self) -> TrainLoader:
-        recipe, seed = replace(self._recipe, lighting=self._lighting), self._seed
+        recipe, seed = replace(self._recipe, lighting=self._lighting), self.seed
         if recipe != self._recipe:  # another graph begins its streams anew: it must not repeat the first epochs
             seed = stream_seed(seed, "no lighting")
         return make_train_loader(
-            self._shards, self._colors, recipe, self._ranks, seed, self._num_threads, self._feeding
+            self._shards,
+            self._colors,
+            recipe,
+            self._ranks,
+            seed,
+            self._num_threads,
+            self._feeding,
+            as_pixels=self._whole,
         )
+
+
+class _Finish:
+    """Colour shift, mean and scale of exchanged pixels, by what the loader itself would have finished them with."""
+
+    def __init__(self, colors: ColorStats, recipe: Recipe, feed: Feed) -> None:
+        transform = Transform(
+            mean=recipe.mean, lighting=recipe.lighting, unit_variance=recipe.unit_variance, layout="NHWC"
+        )
+        self._finish = Decoded(colors, transform, feed, cropped=True)
+
+    def __call__(self, pixels: Tensor, shift: Tensor) -> Tensor:
+        """pixels uint8 (B, 224, 224, 3), cropped and flipped, shift float32 (B, 3); to float32 (B, 3, 224, 224)."""
+        num = len(pixels)
+        views = Views(torch.arange(num), torch.zeros(num, 2, dtype=torch.int32), torch.zeros(num, dtype=torch.int32))
+        return self._finish(pixels, views.source, views._replace(shift=shift))

@@ -4,18 +4,30 @@ The decision that shaped it: one object is what the training loop and every meas
 timed is what trains. Left out: data (feed.py), epochs and records (train.py).
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.parallel import DistributedDataParallel
 
 from trainer.distributed import Ranks
 from trainer.evaluate import choose_dtype
 from trainer.model import AlexNet
 from trainer.native import keep_freed_memory
 from trainer.optim import make_optimizer, make_schedule
+from trainer.parallel import (
+    DATA,
+    Parallel,
+    Split,
+    connect,
+    cut_model,
+    cut_optimizer,
+    divide,
+    join_model,
+    join_optimizer,
+    whole_model,
+)
 from trainer.recipe import Recipe
 
 
@@ -33,20 +45,34 @@ def train_step(
 
 
 class Learner:
-    """A network in training: `model`, the `net` that is called (it averages gradients over ranks), and its rates."""
+    """A network in training: `model`, this rank's part of it, the `net` that is called, its update rule and its rates.
 
-    def __init__(self, recipe: Recipe, num_classes: int, ranks: Ranks, seed: int = 0) -> None:
+    `state_dict` and `whole_model` are collective, and the same in every mode: every rank calls them alike.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        num_classes: int,
+        ranks: Ranks,
+        seed: int = 0,
+        parallel: Parallel = DATA,
+        start: Callable[[AlexNet], None] | None = None,
+    ) -> None:
+        """`start` may change the whole net's weights before ranks divide it."""
         if ranks.device.type == "cpu":
             keep_freed_memory()
+        self._recipe = recipe
         self.dtype = choose_dtype(recipe.precision, ranks.device)
+        self.split = Split(parallel.mode, ranks)
         self.model = AlexNet.from_recipe(recipe, num_classes, seed=seed)
+        if start is not None:
+            start(self.model)
+        divide(self.model, self.split)
         self.model.to(ranks.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.optimizer = make_optimizer(self.model, recipe)
         self.schedule = make_schedule(recipe, self.optimizer)
-        self.net: nn.Module = self.model
-        if ranks.world_size > 1:
-            on = [ranks.device] if ranks.device.type == "cuda" else None
-            self.net = DistributedDataParallel(self.model, device_ids=on, gradient_as_bucket_view=True)
+        self.net = connect(self.model, self.split, parallel, ranks)
 
     def step(self, images: Tensor, labels: Tensor) -> Tensor:
         """One update at the schedule's rates. Returns the logits."""
@@ -54,12 +80,16 @@ class Learner:
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "model": join_model(self.model, self.split),
+            "optimizer": join_optimizer(self.optimizer.state_dict(), self.split),
             "schedule": self.schedule.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.model.load_state_dict(cut_model(state["model"], self.split))
+        self.optimizer.load_state_dict(cut_optimizer(state["optimizer"], self.split))
         self.schedule.load_state_dict(state["schedule"])
+
+    def whole_model(self) -> AlexNet:
+        """The net as one process has it, for evaluation."""
+        return whole_model(self.model, self._recipe, self.split)

@@ -1,11 +1,12 @@
 """The training loop: epochs of steps, an evaluation and a checkpoint after each, resumable to the same numbers.
 
 The decision that shaped it: everything a run's future depends on stands in one checkpoint (weights, velocity, schedule,
-and of each rank the loader's state, the random state and the sums not yet logged), written between two steps. Nothing
-waits for the device within a step: sums stay there until a record is due. Left out: flags (cli.py), what learns
-(learner.py), what is read (feed.py), what is written (journal.py).
+and of each rank the loader's state, the random state and the sums not yet logged), written between two steps; weights
+and velocity whole, whatever the ranks hold. Nothing waits for the device within a step: sums stay there until a
+record is due. Left out: flags (cli.py), what learns (learner.py), what is read (feed.py), what is written (journal.py).
 """
 
+import hashlib
 import math
 import time
 from dataclasses import asdict, dataclass, field
@@ -17,17 +18,29 @@ from torch import Tensor
 
 from pipeline.colorstats import ColorStats
 from pipeline.errors import UserError
-from pipeline.graph import stream_seed
 from pipeline.shardset import ShardSet
 from trainer import checkpoint
-from trainer.distributed import Ranks, StopRequest, gather, join, reduce_sum
+from trainer.distributed import (
+    Ranks,
+    StopRequest,
+    check_alike,
+    gather,
+    join,
+    launch_id,
+    reduce_sum,
+    restart_count,
+)
 from trainer.evaluate import Errors, count_errors, evaluate, make_eval_loader
 from trainer.feed import Feeding, TrainFeed
-from trainer.finetune import start_from
+from trainer.finetune import Start, start_from
 from trainer.interchange import load_any
 from trainer.journal import Journal
 from trainer.learner import Learner
+from trainer.model import AlexNet
+from trainer.parallel import DATA, Parallel
+from trainer.parallel import check as check_parallel
 from trainer.recipe import Recipe, to_dict
+from trainer.resume import EPOCH, check_resumable, choose_streams, find_resumed, load_resumed
 from trainer.runlog import BEST, CHECKPOINTS, LAST, TrainDisplay
 from trainer.weights import list_classes
 
@@ -36,7 +49,8 @@ LOG_STEPS = 20  # a record every so many steps, and at the end of each epoch
 
 @dataclass(frozen=True)
 class Job:
-    """One run as asked for. `resume`: the run folder to go on with, else a new one is made under `runs`.
+    """One run as asked for. `resume`: the run folder to go on with, else a new one is made under `runs`;
+    `restart_epoch`: from the end of its last whole epoch, not from its last step.
 
     `shards`: a folder or a URL; `cache_dir`, `cache_gib`: see ShardSet.open.
     """
@@ -53,6 +67,8 @@ class Job:
     cache_dir: str | None = None
     cache_gib: float | None = None
     feeding: Feeding = field(default_factory=Feeding)
+    parallel: Parallel = DATA
+    restart_epoch: bool = False
 
 
 def run_rank(job: Job) -> int:
@@ -70,6 +86,8 @@ class _Run:
 
     def __init__(self, job: Job, ranks: Ranks) -> None:
         self.job, self.ranks, recipe = job, ranks, job.recipe
+        check_parallel(job.parallel.mode, recipe, ranks.world_size)
+        self.resume = find_resumed(job, ranks)
         self.shards = ShardSet.open(job.shards, cache_dir=job.cache_dir, cache_gib=job.cache_gib)
         self.colors = ColorStats.load(self.shards.root, self.shards.fingerprint)
         self.has_val = self.shards.num_samples("val") > 0
@@ -78,26 +96,27 @@ class _Run:
                 f"{self.shards.root}: no validation images, but recipe {recipe.name} cuts its rate when their error "
                 "stalls; shard a source with val/, or use --set schedule=cosine"
             )
-        saved = checkpoint.load(job.resume / CHECKPOINTS / LAST) if job.resume else None
+        saved = load_resumed(job, self.resume)
+        check_alike(self._facts(saved), ranks)
         if saved:
-            self._check_resumable(saved)
-        self.learner = Learner(recipe, self.shards.num_classes, ranks, job.seed)
-        self.started_from = None
-        if job.weights and not job.resume:
-            classes = self.shards.manifest.classes
-            self.started_from = start_from(self.learner.model, load_any(job.weights, is_completed=False), classes)
+            check_resumable(saved, self.resume, self.shards, ranks)
+        self.started_from: Start | None = None
+        start = self._start_from if job.weights and not saved else None
+        self.learner = Learner(recipe, self.shards.num_classes, ranks, job.seed, job.parallel, start)
         self.step, self.epoch, self.time_s, self.best_error = 0, 1, 0.0, math.inf
         self.sums = torch.zeros(4, dtype=torch.float64, device=ranks.device)
-        torch.manual_seed(stream_seed(job.seed, "dropout", ranks.rank))  # towers of one net, but noise of one's own
+        streams = choose_streams(job.seed, saved, ranks)
+        torch.manual_seed(streams.dropout)
         self.feed = TrainFeed(
             self.shards,
             self.colors,
             recipe,
             ranks,
-            seed=job.seed,
+            seed=streams.feed,
             epoch=int(saved["epoch"]) if saved else 1,
             num_threads=job.num_threads,
             feeding=job.feeding,
+            whole=self.learner.split.mode == "columns",
         )
         if saved:
             self._restore(saved)
@@ -107,10 +126,15 @@ class _Run:
             else None
         )
         self.journal = Journal(
-            ranks, job.runs, job.name, self._config(), self.colors, resume=job.resume, step=self.step
+            ranks, job.runs, job.name, self._config(), self.colors, resume=self.resume, step=self.step
         )
         if saved and saved["is_best"]:  # killed between saving and marking, perhaps
-            self._mark_best()
+            self._mark(BEST)
+
+    def _start_from(self, model: AlexNet) -> None:
+        assert self.job.weights is not None
+        weights = load_any(self.job.weights, is_completed=False)
+        self.started_from = start_from(model, weights, self.shards.manifest.classes)
 
     def _config(self) -> dict[str, Any]:
         return {
@@ -124,16 +148,35 @@ class _Run:
             "device": self.ranks.device.type,
             "feeding": asdict(self.job.feeding),
             "weights": self.started_from and asdict(self.started_from),
+            "parallel": asdict(self.job.parallel),
+            "launch_id": launch_id(),
+        }
+
+    def _facts(self, saved: dict[str, Any] | None) -> dict[str, str]:
+        """What has to be the same on all ranks."""
+        return {
+            "shards": self.shards.fingerprint[:12],
+            "colours (SHA-256)": hashlib.sha256(self.colors.mean_image.tobytes()).hexdigest()[:12],
+            **{f"recipe field {name}": str(value) for name, value in to_dict(self.job.recipe).items()},
+            "--seed": str(self.job.seed),
+            "--weights": str(self.job.weights),
+            "--parallel": str(self.job.parallel),
+            "the step to resume from": str(saved["step"]) if saved else "0",
         }
 
     def train(self, stop: StopRequest) -> int:
         recipe, steps_per_epoch = self.job.recipe, len(self.feed)
         precision = "bfloat16 autocast" if self.learner.dtype == torch.bfloat16 else "float32"
         where = f"{self.ranks.world_size} x {self.ranks.device.type}, {precision}"
+        if self.ranks.world_size > 1:
+            where = f"{where}, {self.learner.split.mode}"
         steps = f"{steps_per_epoch} steps of {recipe.global_batch_size} images an epoch"
         if self.started_from:
             self.journal.say(self.started_from.describe())
         self.journal.say(f"{self.journal.folder}: recipe {recipe.name}, {where}, {steps}")
+        if restart_count():
+            self.journal.say(f"restart {restart_count()}: goes on after step {self.step}")
+            self.journal.event("restart", step=self.step, number=restart_count())
         with TrainDisplay(recipe.epochs, steps_per_epoch, steps_done=self.step) as display:
             self.journal.show(display)
             while not self.learner.schedule.finished(self.epoch - 1):
@@ -204,7 +247,7 @@ class _Run:
         epoch, is_best, result = self.epoch, True, ""
         if self.eval_loader is not None:
             num_images, schedule = self.shards.num_samples("val"), self.learner.schedule
-            errors = evaluate(self.learner.model, self.eval_loader, self.ranks, self.learner.dtype, num_images)
+            errors = evaluate(self.learner.whole_model(), self.eval_loader, self.ranks, self.learner.dtype, num_images)
             is_best = errors.top1_error < self.best_error
             self.best_error = min(self.best_error, errors.top1_error)
             self.journal.eval(errors, self.step, epoch)
@@ -219,26 +262,29 @@ class _Run:
         self.journal.epoch_done(epoch, result)
         self.epoch += 1
         self._save(is_best)
+        self._mark(EPOCH)
         if is_best:
-            self._mark_best()
+            self._mark(BEST)
 
-    def _mark_best(self) -> None:
+    def _mark(self, name: str) -> None:
+        """Keep the last checkpoint under another name, too."""
         if self.ranks.is_first:
             folder = self.journal.folder / CHECKPOINTS
-            checkpoint.link(folder / LAST, folder / BEST)
+            checkpoint.link(folder / LAST, folder / name)
 
     def _save(self, is_best: bool = False) -> None:
         mine = {"loader": self.feed.state_dict(), "sums": self.sums.cpu(), "random": _random_state(self.ranks)}
-        states = gather(mine, self.ranks)
+        states, learnt = gather(mine, self.ranks), self.learner.state_dict()
         if not self.ranks.is_first:
             return
         self.journal.sync()
         state = {
-            **self.learner.state_dict(),
+            **learnt,
             "recipe": to_dict(self.job.recipe),
             "num_classes": self.shards.num_classes,
             "shards_fingerprint": self.shards.fingerprint,
             "seed": self.job.seed,
+            "feed_seed": self.feed.seed,
             "step": self.step,
             "epoch": self.epoch,
             "time_s": self.time_s,
@@ -248,23 +294,13 @@ class _Run:
         }
         checkpoint.save(self.journal.folder / CHECKPOINTS / LAST, state)
 
-    def _check_resumable(self, saved: dict[str, Any]) -> None:
-        if len(saved["ranks"]) != self.ranks.world_size:
-            raise UserError(
-                f"{self.job.resume}: was trained on {len(saved['ranks'])} ranks, got {self.ranks.world_size}; "
-                "resume with as many"
-            )
-        if saved["shards_fingerprint"] != self.shards.fingerprint:
-            raise UserError(
-                f"{self.job.resume}: was trained on shards {saved['shards_fingerprint'][:12]}, {self.shards.root} "
-                f"holds {self.shards.fingerprint[:12]}; name the run's own with --shards"
-            )
-
     def _restore(self, saved: dict[str, Any]) -> None:
-        mine = saved["ranks"][self.ranks.rank]
         self.learner.load_state_dict(saved)
         self.step, self.epoch = int(saved["step"]), int(saved["epoch"])
         self.time_s, self.best_error = saved["time_s"], saved["best_error"]
+        if len(saved["ranks"]) != self.ranks.world_size:
+            return  # an epoch begins, with the streams of choose_streams
+        mine = saved["ranks"][self.ranks.rank]
         self.sums.copy_(mine["sums"])
         self.feed.load_state_dict(mine["loader"], self.epoch)
         torch.set_rng_state(mine["random"]["cpu"])

@@ -53,6 +53,17 @@ def test_how_hybrid_decoding_is_shared_and_how_many_threads_there_are_may_change
     assert record(restored) == record(loader)
 
 
+@pytest.mark.parametrize("form", [{"dtype": "uint8", "layout": "NHWC"}, {"layout": "NHWC"}], ids=str)
+def test_what_a_batch_is_kept_as_may_change_on_resuming(make_train, form):
+    loader, restored = make_train(), make_train(**form)
+    advance(loader, 5)
+    restored.load_state_dict(loader.state_dict())
+    for _ in loader:
+        next(iter(restored))
+        assert restored.draws.keys == loader.draws.keys
+        assert all(torch.equal(a, b) for a, b in zip(restored.draws[:3], loader.draws[:3], strict=True))
+
+
 def test_raw_and_cached_feeding_may_be_exchanged_on_resuming(make_train, raw_shards):
     loader, restored = make_train(shards=raw_shards), make_train(shards=raw_shards, cache="raw")
     advance(loader, 5)
@@ -132,7 +143,7 @@ def test_a_state_survives_json_and_a_weights_only_load(make_train):
         ("world size", {"world_size": 2}),
         ("rank", {"world_size": 2, "rank": 1}),
         ("transform", {"flip": False}),
-        ("transform", {"dtype": "float16"}),
+        ("transform", {"unit_variance": True}),
         ("decoder", {"decode": "hybrid", "host_share": 0.5}),
         ("decoder", {"cache": "raw"}),
     ],

@@ -1,77 +1,14 @@
-"""One fixed batch, whole on one rank or sliced over two gloo ranks: the same loss, gradients and updates.
-
-Float64, dropout off; tolerance 1e-6 of each tensor's norm.
-"""
-
-from dataclasses import replace
-from pathlib import Path
+"""What ranks agree on: that they are alike, and sums that do not depend on how the batch was cut."""
 
 import pytest
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.errors import UserError
-from trainer.distributed import gather, join, launch, reduce_sum
+from trainer import distributed
+from trainer.distributed import Ranks, check_alike, describe_software, launch_id, restart_count
 from trainer.evaluate import count_errors
-from trainer.learner import train_step
-from trainer.model import AlexNet
-from trainer.optim import make_optimizer, make_schedule
-from trainer.recipe import RECIPES
 
-BATCH_SIZE, NUM_CLASSES, NUM_UPDATES, TOLERANCE = 4, 5, 5, 1e-6
-NARROW = replace(RECIPES["paper"], width=1 / 16, dropout=0.0, lr=0.01, init="he", hidden_bias=0.0)
-
-
-def train_on_fixed_batch(folder: str) -> int:
-    """Five updates on this rank's slice; the first rank writes losses, gradients and weights to `folder`."""
-    with join(use_gpu=False) as ranks:
-        generator = torch.Generator().manual_seed(1)
-        images = torch.randn(BATCH_SIZE, 3, 224, 224, generator=generator, dtype=torch.float64)
-        labels = torch.arange(BATCH_SIZE) % NUM_CLASSES
-        part = slice(ranks.rank, None, ranks.world_size)
-        model = AlexNet.from_recipe(NARROW, NUM_CLASSES, seed=3).double()
-        optimizer = make_optimizer(model, NARROW)
-        schedule = make_schedule(NARROW, optimizer)
-        net = DistributedDataParallel(model, gradient_as_bucket_view=True) if ranks.world_size > 1 else model
-        losses, gradients = [], {}
-        for step in range(NUM_UPDATES):
-            schedule.begin_step(1, step, NUM_UPDATES)
-            logits = train_step(net, optimizer, images[part], labels[part], torch.float32)
-            if not step:
-                gradients = {name: weight.grad.clone() for name, weight in model.named_parameters()}
-            sums = reduce_sum(
-                torch.nn.functional.cross_entropy(logits.detach(), labels[part], reduction="sum")[None], ranks
-            )
-            losses.append(sums / BATCH_SIZE)
-        assert gather(ranks.rank, ranks) == list(range(ranks.world_size))
-        if ranks.is_first:
-            result = {"losses": torch.cat(losses), "gradients": gradients, "weights": model.state_dict()}
-            torch.save(result, Path(folder) / f"{ranks.world_size}.pt")
-    return 0
-
-
-def fail_on_the_last_rank(_folder: str) -> int:
-    with join(use_gpu=False) as ranks:
-        if ranks.rank == ranks.world_size - 1:
-            raise ValueError("this rank fails")
-        reduce_sum(torch.zeros(1), ranks)  # the other waits for it
-    return 0
-
-
-def test_two_ranks_on_slices_equal_one_rank_on_the_whole_batch(tmp_path):
-    train_on_fixed_batch(str(tmp_path))
-    assert launch(train_on_fixed_batch, (str(tmp_path),), 2) == 0
-    one, two = (torch.load(tmp_path / f"{n}.pt", weights_only=True) for n in (1, 2))
-    assert (one["losses"] - two["losses"]).norm() <= TOLERANCE * one["losses"].norm()
-    assert one["losses"][0] > one["losses"][-1]  # something was learnt
-    for kind in ("gradients", "weights"):
-        for name, expected in one[kind].items():
-            assert (two[kind][name] - expected).norm() <= TOLERANCE * expected.norm(), (kind, name)
-
-
-def test_a_rank_that_fails_takes_the_other_down_and_the_launcher_says_so(tmp_path):
-    with pytest.raises(UserError, match=r"rank [01] failed with status 1"):
-        launch(fail_on_the_last_rank, (str(tmp_path),), 2)
+TWO = Ranks(0, 2, torch.device("cpu"))
 
 
 def test_the_mistakes_of_slices_add_up_to_those_of_the_whole():
@@ -79,3 +16,32 @@ def test_the_mistakes_of_slices_add_up_to_those_of_the_whole():
     logits, labels = torch.randn(50, 10, generator=generator), torch.randint(10, (50,), generator=generator)
     parts = sum(count_errors(logits[i::3], labels[i::3]) for i in range(3))
     torch.testing.assert_close(parts, count_errors(logits, labels), rtol=1e-6, atol=0)
+
+
+def test_what_differs_between_ranks_is_named_with_both_values(monkeypatch):
+    monkeypatch.setattr(distributed, "gather", lambda facts, _: [facts, {**facts, "--seed": "1"}])
+    with pytest.raises(
+        UserError, match="ranks differ in --seed: rank 0 has 0, rank 1 has 1; give all machines the same"
+    ):
+        check_alike({"shards": "a", "--seed": "0"}, TWO)
+    monkeypatch.setattr(distributed, "gather", lambda facts, _: [facts, dict(facts)])
+    check_alike({"shards": "a", "--seed": "0"}, TWO)
+
+
+def test_the_software_is_told_by_its_code_and_versions():
+    facts = describe_software()
+    assert facts["torch"] == torch.__version__ and facts == describe_software()
+    assert len(facts["the code of alexnet-dali (SHA-256)"]) == 12
+
+
+def test_restarts_are_counted_by_whichever_launcher_there_is(monkeypatch):
+    for name in (distributed.RESTART, distributed.LAUNCH_ID, "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT"):
+        monkeypatch.delenv(name, raising=False)
+    assert restart_count() == 0 and launch_id() is None
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "2")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")
+    assert restart_count() == 2 and launch_id() == "job"
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")  # torchrun's default: every job's
+    assert launch_id() not in ("none", None) and launch_id() == launch_id()
+    monkeypatch.setenv(distributed.LAUNCH_ID, "ours")
+    assert launch_id() == "ours"

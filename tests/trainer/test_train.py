@@ -256,12 +256,17 @@ def test_a_damaged_checkpoint_is_refused_and_changes_nothing(finished, tmp_path)
     assert (copy / "metrics.jsonl").read_bytes() == before
 
 
-def test_another_number_of_ranks_is_refused_on_resuming(finished, tmp_path):
+def test_another_number_of_ranks_is_refused_inside_an_epoch_and_its_start_is_not(finished, tmp_path):
     copy = tmp_path / "runs" / "demo"
     shutil.copytree(finished, copy)
     path = copy / "checkpoints" / "last.pt"
     state = checkpoint.load(path)
-    state["ranks"] = state["ranks"] * 2
+    state["ranks"] = [{**state["ranks"][0], "loader": {**state["ranks"][0]["loader"], "step": 5}}] * 2
     checkpoint.save(path, state)
     done = run("alexnet-train", "--resume", "demo", cwd=tmp_path, status=1)
-    assert_refused(done, "trained on 2 ranks, got 1", "resume with as many")
+    assert_refused(done, "5 steps of epoch 4 on 2 ranks, got 1 rank", "resume with as many", "--restart-epoch")
+    run("alexnet-train", "--resume", "demo", "--restart-epoch", "--epochs", 4, cwd=tmp_path)
+    assert [record["epoch"] for record in read_records(copy) if record["kind"] == "eval"] == [1, 2, 3, 4]
+    (copy / "checkpoints" / "epoch.pt").unlink()
+    done = run("alexnet-train", "--resume", "demo", "--restart-epoch", cwd=tmp_path, status=1)
+    assert_refused(done, "no epoch of it has ended", "start a new run")
