@@ -5,22 +5,22 @@ padding off, so that ranks take equal steps and nothing is counted twice. Left o
 (graph.py, assemble.py, finish.py).
 """
 
-import contextlib
 import math
 from collections.abc import Generator, Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from pipeline.assemble import Assemble, Batch, Decoded, InFlight, Stored
+from pipeline.assemble import Assemble, Batch, InFlight, make_assembler, run_ahead
 from pipeline.colorstats import ColorStats
 from pipeline.errors import UserError
 from pipeline.feeding import DecodeOption, check_ranks, count_threads, make_feed
 from pipeline.finish import CENTRE_PX, CROP_SIZE_PX, FIVE_OFFSETS_PX, Transform, Views
-from pipeline.graph import NUMBERS, DALIGenericIterator, Feed, eval_pipeline, finish_epoch, iterate, read_number, take
+from pipeline.graph import NUMBERS, Batches, Feed, eval_pipeline, read_number
+from pipeline.hostpixels import HostPixels
 from pipeline.shardset import IMAGE_SIZE_PX, ShardSet
-from pipeline.stored import SampleTable
+from pipeline.threads import Job, begin_all, start_threads
 
 
 class EvalLoader:
@@ -80,39 +80,39 @@ class EvalLoader:
             views = [(y, x, flip) for flip in (0, 1) for y, x in FIVE_OFFSETS_PX]
         self._views = torch.tensor(views)
         self._empty_on = "cuda" if device == "gpu" else "cpu"
-        self._in_flight = InFlight(feed)
+        self._feed, self._in_flight = feed, InFlight(feed)
         self.keys = torch.empty(0, dtype=torch.int64)
-        self._iterator: DALIGenericIterator | None = None
-        self._running: Generator[dict[str, Tensor], None, None] | None = None
+        self._batches: Batches | None = None
+        self._running: Generator[dict[str, Any], None, None] | None = None
         if rank < num_parts:
-            self._assemble: Assemble
-            if feed.decode == "stored":
-                self._assemble = Stored(shards, colors, transform, feed)
-            else:
-                self._assemble = Decoded(colors, transform, feed, cropped=crops == "centre")
-            self._iterator = _once(shards, feed, whole=crops == "ten")
+            self._assemble: Assemble = make_assembler(shards, colors, transform, feed, cropped=crops == "centre")
+            self._batches = _once(shards, feed, whole=crops == "ten")
 
     def __len__(self) -> int:
         return self._num_steps
 
     def __iter__(self) -> Iterator[Batch]:
-        if self._iterator is None:
+        if self._batches is None:
             for _ in range(self._num_steps):
                 yield self._shape(torch.empty((0, 3, CROP_SIZE_PX, CROP_SIZE_PX), dtype=self._dtype), torch.empty(0))
             return
         if self._running is not None:
             self._running.close()  # an earlier loop that was left, but is still held by somebody
         self._shards.wait(self._split)
-        self._running = _from_start(self._iterator, self._shards, self._split)
-        for outputs in self._running:
-            labels, keys, num_views = read_number(outputs["label"]), read_number(outputs["key"]), len(self._views)
-            views = self._views.repeat(len(labels), 1)  # all of the first image, then all of the second, ...
-            source = torch.arange(len(labels)).repeat_interleave(num_views)
-            wanted = Views(source, views[:, :2], views[:, 2])
-            batch = self._shape(self._assemble(outputs.get("pixels"), keys, wanted), labels)
-            self._in_flight.hold((outputs, labels))
-            self.keys = keys
+        self._running = _from_start(self._batches, self._shards, self._feed)
+        begun = ((self._begin(outputs), outputs) for outputs in self._running)
+        for job, outputs in run_ahead(begun, self._feed.num_ahead):
+            batch = job.result()
+            self._in_flight.hold((outputs, batch.labels))
+            self.keys = read_number(outputs["key"])
             yield batch
+
+    def _begin(self, outputs: dict[str, Any]) -> Job[Batch]:
+        labels, keys, num_views = read_number(outputs["label"]), read_number(outputs["key"]), len(self._views)
+        views = self._views.repeat(len(labels), 1)  # all of the first image, then all of the second, ...
+        source = torch.arange(len(labels)).repeat_interleave(num_views)
+        images = self._assemble(outputs, keys, Views(source, views[:, :2], views[:, 2]), num_views)
+        return Job([], lambda: self._shape(images.result(), labels))
 
     def _shape(self, images: Tensor, labels: Tensor) -> Batch:
         if len(self._views) > 1:
@@ -141,32 +141,45 @@ def read_pixels(
         automatic="mixed",
     )
     shards.wait(split)
-    on = "cuda" if device == "gpu" else "cpu"
-    table = SampleTable(shards, split) if feed.decode == "stored" else None
-    for outputs in _from_start(_once(shards, feed, whole=True), shards, split):
-        labels = read_number(outputs["label"]).to(on)
-        if table is None:
-            yield Batch(outputs["pixels"], labels)
-            continue
+    on = torch.device("cuda" if device == "gpu" else "cpu")
+    batches = _from_start(_once(shards, feed, whole=True), shards, feed)
+    if feed.decode not in ("host", "stored"):
+        for outputs in batches:
+            yield Batch(outputs["pixels"], read_number(outputs["label"]).to(on))
+        return
+    host, threads = HostPixels(shards, feed), start_threads(feed.num_threads)
+
+    def begin(outputs: dict[str, Any]) -> Job[Batch]:
+        labels = read_number(outputs["label"])
+        read_rows = host.begin(outputs, read_number(outputs["key"]))
         images = torch.empty((len(labels), IMAGE_SIZE_PX, IMAGE_SIZE_PX, 3), dtype=torch.uint8)
-        for image, position in zip(images.numpy(), table.find(read_number(outputs["key"]).numpy()), strict=True):
-            table.read_into(position, image.reshape(-1), 0)
-        yield Batch(images.to(on), labels)
+        array = images.numpy()
+        return begin_all(
+            threads,
+            lambda i: read_rows(i, array[i], 0),
+            range(len(labels)),
+            lambda: Batch(images.to(on), labels.to(on)),
+        )
+
+    for job in run_ahead(map(begin, batches), feed.num_ahead):
+        yield job.result()
 
 
-def _once(shards: ShardSet, feed: Feed, *, whole: bool) -> DALIGenericIterator:
-    outputs = NUMBERS if feed.decode == "stored" else ["pixels", *NUMBERS]
-    return iterate(eval_pipeline(shards, feed, whole=whole), outputs, with_padding=False)
+def _once(shards: ShardSet, feed: Feed, *, whole: bool) -> Batches:
+    return Batches(eval_pipeline(shards, feed, whole=whole), shards, feed, NUMBERS)
 
 
-def _from_start(
-    iterator: DALIGenericIterator, shards: ShardSet, split: str
-) -> Generator[dict[str, Tensor], None, None]:
+def _from_start(batches: Batches, shards: ShardSet, feed: Feed) -> Generator[dict[str, Any], None, None]:
+    """The batches of one epoch without their padding: the last ones may be short, or empty."""
+    num_samples, rank, world_size = shards.num_samples(feed.split), feed.rank, feed.world_size
+    num_left = num_samples * (rank + 1) // world_size - num_samples * rank // world_size
     try:
-        with contextlib.suppress(StopIteration):
-            while True:
-                yield take(iterator, shards, split)
+        while batches.num_left:
+            outputs = batches.take()
+            num = min(num_left, feed.batch_size)
+            num_left -= num
+            yield {name: value if name == "encoded" else value[:num] for name, value in outputs.items()}
     except GeneratorExit:  # a loop left early; after an error of DALI's there is nothing to read on to
-        finish_epoch(iterator)
+        batches.finish_epoch()
         raise
-    iterator.reset()
+    batches.finish_epoch()

@@ -97,6 +97,10 @@ class Fetcher:
             self._start()
             self._changed.notify_all()
 
+    def has(self, names: Iterable[str]) -> bool:
+        """Whether all of these are in the folder."""
+        return self._kept.issuperset(names)
+
     def wait(self, names: Sequence[str]) -> None:
         """Return when all of these are in the folder. Raises UserError if one cannot be had."""
         if self._kept.issuperset(names):

@@ -1,4 +1,4 @@
-/* One image: uint8 pixels -> float32, as finish.py does with torch, to the same bits, in one pass over the memory.
+/* One image: uint8 pixels -> float32, as hostfinish.py does with torch, to the same bits, in one pass over the memory.
 
    out = ((float)pixel + bias - mean_image) * factor, each step rounded; compile with -ffp-contract=off.
    A row is worked out in the first-level cache and then stored past the caches: storing the usual way would first read
@@ -25,16 +25,21 @@ static void flip_row(uint8_t *to, const uint8_t *from)
             to[3 * (SIDE - 1 - pixel) + channel] = from[3 * pixel + channel];
 }
 
-/* RGBRGB... -> R..., G..., B..., sixteen pixels at a time. */
-static void split_row(uint8_t planes[3][SIDE], const uint8_t *row)
+typedef uint8_t Orders[3][3][16]; /* [channel][part][i]: which byte of the part is the channel's i-th, else 0x80 */
+
+static void make_orders(Orders orders)
 {
-    uint8_t orders[3][3][16]; /* orders[channel][part][i]: which byte of the part is the channel's i-th, else 0x80 */
     for (int channel = 0; channel < 3; channel++)
         for (int part = 0; part < 3; part++)
             for (int i = 0; i < 16; i++) {
                 int byte = 3 * i + channel - 16 * part;
                 orders[channel][part][i] = byte >= 0 && byte < 16 ? byte : 0x80;
             }
+}
+
+/* RGBRGB... -> R..., G..., B..., sixteen pixels at a time. */
+static void split_row(uint8_t planes[3][SIDE], const uint8_t *row, Orders orders)
+{
     for (int x = 0; x < SIDE; x += 16)
         for (int channel = 0; channel < 3; channel++) {
             __m128i got = _mm_setzero_si128();
@@ -45,53 +50,91 @@ static void split_row(uint8_t planes[3][SIDE], const uint8_t *row)
         }
 }
 
-static void store_past_caches(float *to, const float *from, int num)
+/* Both store past the caches, to an address divisible by 16. */
+static void store_floats(float *to, const float *from, int num)
 {
     for (int i = 0; i < num; i += 4)
         _mm_stream_ps(to + i, _mm_load_ps(from + i));
 }
 
-/* pixels: the crop's first byte, its rows `stride` bytes apart; bias, factor: 3 numbers; mean_image: NULL, or laid out
-   like out, which is 16-byte aligned: (224, 224, 3), or (3, 224, 224) if is_nchw. */
-void finish(const uint8_t *pixels, ptrdiff_t stride, int is_flipped, const float *bias, const float *mean_image,
-            const float *factor, float *out, int is_nchw)
+static void store_bytes(uint8_t *to, const uint8_t *from, int num)
 {
-    float done[ROW] __attribute__((aligned(64))), biases[ROW], factors[ROW];
-    uint8_t flipped[ROW + 16], planes[3][SIDE];
+    for (int i = 0; i < num; i += 16)
+        _mm_stream_si128((__m128i *)(to + i), _mm_loadu_si128((const __m128i *)(from + i)));
+}
+
+/* What becomes of one image. bias, factor: 3 numbers; mean_image: NULL, or laid out like out, which is 16-byte aligned:
+   (224, 224, 3), or (3, 224, 224) if is_nchw. If is_uint8, out is bytes, the pixels as they are. */
+typedef struct {
+    const float *bias, *mean_image, *factor;
+    void *out;
+    int is_flipped, is_nchw, is_uint8;
+    float biases[ROW], factors[ROW];
+    Orders orders;
+} View;
+
+static void begin_view(View *view, int is_flipped, const float *bias, const float *mean_image, const float *factor,
+                       void *out, int is_nchw, int is_uint8)
+{
+    view->bias = bias, view->mean_image = mean_image, view->factor = factor, view->out = out;
+    view->is_flipped = is_flipped, view->is_nchw = is_nchw, view->is_uint8 = is_uint8;
+    make_orders(view->orders);
     for (int i = 0; i < ROW; i++) {
-        biases[i] = bias[i % 3];
-        factors[i] = factor[i % 3];
+        view->biases[i] = bias[i % 3];
+        view->factors[i] = factor[i % 3];
     }
-    for (int y = 0; y < SIDE; y++) {
-        const uint8_t *row = pixels + y * stride;
-        if (is_flipped) {
-            flip_row(flipped, row);
-            row = flipped;
+}
+
+static void finish_row(View *view, const uint8_t *row, int y)
+{
+    float done[ROW] __attribute__((aligned(64))), *floats = view->out;
+    uint8_t flipped[ROW + 16], planes[3][SIDE], *bytes = view->out;
+    if (view->is_flipped) {
+        flip_row(flipped, row);
+        row = flipped;
+    }
+    if (!view->is_nchw) {
+        const ptrdiff_t start = y * ROW;
+        if (view->is_uint8) {
+            store_bytes(bytes + start, row, ROW);
+            return;
         }
-        if (!is_nchw) {
+        for (int i = 0; i < ROW; i++)
+            done[i] = (float)row[i] + view->biases[i];
+        if (view->mean_image)
             for (int i = 0; i < ROW; i++)
-                done[i] = (float)row[i] + biases[i];
-            if (mean_image)
-                for (int i = 0; i < ROW; i++)
-                    done[i] -= mean_image[y * ROW + i];
-            for (int i = 0; i < ROW; i++)
-                done[i] *= factors[i];
-            store_past_caches(out + y * ROW, done, ROW);
+                done[i] -= view->mean_image[start + i];
+        for (int i = 0; i < ROW; i++)
+            done[i] *= view->factors[i];
+        store_floats(floats + start, done, ROW);
+        return;
+    }
+    split_row(planes, row, view->orders);
+    for (int channel = 0; channel < 3; channel++) {
+        const uint8_t *plane = planes[channel];
+        const ptrdiff_t start = channel * PIXELS + y * SIDE;
+        if (view->is_uint8) {
+            store_bytes(bytes + start, plane, SIDE);
             continue;
         }
-        split_row(planes, row);
-        for (int channel = 0; channel < 3; channel++) {
-            const uint8_t *plane = planes[channel];
-            const ptrdiff_t start = channel * PIXELS + y * SIDE;
+        for (int x = 0; x < SIDE; x++)
+            done[x] = (float)plane[x] + view->bias[channel];
+        if (view->mean_image)
             for (int x = 0; x < SIDE; x++)
-                done[x] = (float)plane[x] + bias[channel];
-            if (mean_image)
-                for (int x = 0; x < SIDE; x++)
-                    done[x] -= mean_image[start + x];
-            for (int x = 0; x < SIDE; x++)
-                done[x] *= factor[channel];
-            store_past_caches(out + start, done, SIDE);
-        }
+                done[x] -= view->mean_image[start + x];
+        for (int x = 0; x < SIDE; x++)
+            done[x] *= view->factor[channel];
+        store_floats(floats + start, done, SIDE);
     }
+}
+
+/* pixels: the crop's first byte, its rows `stride` bytes apart. */
+void finish(const uint8_t *pixels, ptrdiff_t stride, int is_flipped, const float *bias, const float *mean_image,
+            const float *factor, void *out, int is_nchw, int is_uint8)
+{
+    View view;
+    begin_view(&view, is_flipped, bias, mean_image, factor, out, is_nchw, is_uint8);
+    for (int y = 0; y < SIDE; y++)
+        finish_row(&view, pixels + y * stride, y);
     _mm_sfence();
 }

@@ -7,10 +7,10 @@ random operator has a seed of its own, so neither that choice nor switching one 
 the others. Left out: epochs, ranks, tensors and checkpoints (loader.py).
 """
 
-import contextlib
 import hashlib
+import math
 import resource
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -26,8 +26,6 @@ from pipeline.shardset import CLS_DIGITS, ENDINGS, IMAGE_SIZE_PX, KEY_DIGITS, Sh
 try:
     from nvidia.dali import fn, types
     from nvidia.dali.pipeline import DataNode, Pipeline, pipeline_def
-    from nvidia.dali.plugin.base_iterator import LastBatchPolicy
-    from nvidia.dali.plugin.pytorch import DALIGenericIterator
 except ImportError as error:
     raise UserError(
         f"NVIDIA DALI cannot be imported ({error}); it needs Linux on x86-64: pip install nvidia-dali-cuda120"
@@ -39,7 +37,7 @@ DRAWN = ["y", "x", "flip", "noise"]  # and a training graph besides those
 MAX_BUFFERED_SAMPLES = 4096  # of about 25 KB each: 100 MB a rank
 _TYPICAL_SAMPLE_BYTES = 32768  # what DALI reserves per buffered sample; its default of 1 MiB would be gigabytes
 # Changed with every change to the operators that draw or read: a state of another graph cannot be gone on with.
-GRAPH_VERSION = 3
+GRAPH_VERSION = 4
 
 Device = Literal["cpu", "gpu"]
 Decode = Literal["host", "mixed", "hybrid", "stored"]
@@ -66,6 +64,11 @@ class Feed:
     host_share: float = 0.5
     hw_decoder_load: float = 0.9
     prefetch_batches: int = 2
+
+    @property
+    def num_ahead(self) -> int:
+        """Batches begun before they are asked for. What a GPU decodes, its graph has begun already."""
+        return 0 if self.device == "gpu" and self.decode in ("mixed", "hybrid") else self.prefetch_batches
 
     @property
     def num_on_host(self) -> int:
@@ -116,8 +119,7 @@ def train_pipeline(shards: ShardSet, transform: Transform, feed: Feed, *, checkp
         noise = _constant(np.zeros(3))
         if transform.lighting:
             noise = fn.random.normal(shape=[3], seed=seed_of("lighting"))
-        pixels = () if feed.decode == "stored" else (_decode(encoded, feed, (y, x)),)
-        return *pixels, label, key, y, x, flip, noise
+        return *_decode(encoded, feed, (y, x)), label, key, y, x, flip, noise
 
     return _build(define, feed, enable_checkpointing=True, checkpoint=checkpoint)
 
@@ -130,52 +132,67 @@ def eval_pipeline(shards: ShardSet, feed: Feed, *, whole: bool) -> Pipeline:
 
     def define() -> tuple[DataNode, ...]:
         encoded, label, key = _read(shards, feed, stick_to_shard=True)
-        if feed.decode == "stored":
-            return label, key
-        return _decode(encoded, feed, None if whole else (0.5, 0.5)), label, key
+        return *_decode(encoded, feed, None if whole else (0.5, 0.5)), label, key
 
     return _build(define, feed)
 
 
-def decode_pipeline(feed: Feed) -> Pipeline:
-    """Whole images, uint8 (256, 256, 3) on feed.device, from bytes: `feed_input("encoded", [uint8 arrays])`."""
+class Batches:
+    """The batches of a graph, endlessly, in DALI's own memory, handed over. It knows where its epoch ends.
 
-    def define() -> DataNode:
-        encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1, no_copy=True)
-        return fn.decoders.image(encoded, **_decoder(feed, on_gpu=feed.device == "gpu"))
+    Every rank's part of an epoch is padded to the same number of batches, which end with its padding.
+    """
 
-    return _build(define, feed)
+    def __init__(
+        self, pipeline: Pipeline, shards: ShardSet, feed: Feed, names: Sequence[str], *, num_taken: int = 0
+    ) -> None:
+        """`names` of the graph's outputs besides its image; `num_taken` before, in this epoch, by a restored graph."""
+        self._pipeline, self._shards, self._feed = pipeline, shards, feed
+        image = {"host": ["encoded"], "stored": []}.get(feed.decode, ["pixels"])
+        self._names = [*image, *names]
+        self._num_batches = math.ceil(math.ceil(shards.num_samples(feed.split) / feed.world_size) / feed.batch_size)
+        self._num_taken = num_taken
+        self._is_running = False
 
+    @property
+    def num_left(self) -> int:
+        """Batches of this epoch that are not taken yet."""
+        return self._num_batches - self._num_taken
 
-def iterate(pipeline: Pipeline, outputs: list[str], *, with_padding: bool) -> DALIGenericIterator:
-    """Its batches as torch tensors, DALI's own memory, handed over: one list with one dict by output name each."""
-    return DALIGenericIterator(
-        pipeline,
-        outputs,
-        reader_name=READER,
-        last_batch_policy=LastBatchPolicy.FILL if with_padding else LastBatchPolicy.PARTIAL,
-        prepare_first_batch=False,
-    )
+    def take(self) -> dict[str, Any]:
+        """The next batch's outputs by name: torch tensors (B, ...), but "encoded": DALI's list of JPEGs uint8 (bytes,).
 
+        Raises UserError that names the shard, or what finds it.
+        """
+        try:
+            if not self._is_running:  # not before anything is wanted: shards may still be on their way
+                self._pipeline.schedule_run()
+                self._is_running = True
+            outputs = self._pipeline.share_outputs()
+        except RuntimeError as error:
+            self._shards.check(self._feed.split)  # deleted or cut since the epoch began: says which
+            root = self._shards.root
+            raise UserError(
+                f"{root}: a {self._feed.split} sample cannot be read or decoded; find it with `alexnet-prep verify "
+                f"--decode --shards {root}`"
+            ) from error
+        self._pipeline.release_outputs()
+        self._pipeline.schedule_run()
+        self._num_taken += 1
+        return {
+            name: output if name == "encoded" else torch.from_dlpack(output.as_tensor())
+            for name, output in zip(self._names, outputs, strict=True)
+        }
 
-def take(iterator: DALIGenericIterator, shards: ShardSet, split: str) -> dict[str, Any]:
-    """The next batch's outputs by name. Raises StopIteration, or UserError that names the shard or what finds it."""
-    try:
-        return next(iterator)[0]
-    except RuntimeError as error:
-        shards.check(split)  # deleted or cut since the epoch began: says which
-        raise UserError(
-            f"{shards.root}: a {split} sample cannot be read or decoded; find it with `alexnet-prep verify --decode "
-            f"--shards {shards.root}`"
-        ) from error
+    def finish_epoch(self) -> None:
+        """Read on to the end of the epoch, the only place where DALI can begin the next one."""
+        while self.num_left > 0:
+            self.take()
+        self._num_taken = 0
 
-
-def finish_epoch(iterator: DALIGenericIterator) -> None:
-    """Read on to the end of the epoch, the only place where DALI can begin the next one."""
-    with contextlib.suppress(StopIteration):
-        while True:
-            next(iterator)
-    iterator.reset()
+    def checkpoint(self) -> bytes:
+        """The graph's state after the batches taken, for train_pipeline."""
+        return self._pipeline.checkpoint()
 
 
 class Drawn(NamedTuple):
@@ -256,13 +273,18 @@ def _allow_open_files(num_files: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def _decode(encoded: DataNode, feed: Feed, position: tuple[Any, Any] | None) -> DataNode:
-    """uint8 pixels on feed.device: the whole, or the 224x224 at `position`, fractions (y, x) of the room there is."""
+def _decode(encoded: DataNode, feed: Feed, position: tuple[Any, Any] | None) -> tuple[DataNode, ...]:
+    """What a graph gives of its images: bytes, nothing, or uint8 pixels on feed.device, and of those the whole, or the
+    224x224 at `position`, fractions (y, x) of the room there is."""
+    if feed.decode == "host":
+        return (encoded,)
+    if feed.decode == "stored":
+        return ()
     if feed.decode == "hybrid":
         chosen = np.arange(feed.batch_size) < feed.num_on_host
         on_host = fn.external_source(_Always(chosen), dtype=types.BOOL, ndim=0)
-        return _decode_on_both(encoded, feed, position, on_host)
-    return _decode_on(encoded, feed, position, feed.decode == "mixed")
+        return (_decode_on_both(encoded, feed, position, on_host),)
+    return (_decode_on(encoded, feed, position, True),)
 
 
 def _decode_on_both(encoded: DataNode, feed: Feed, position: tuple[Any, Any] | None, on_host: DataNode) -> DataNode:

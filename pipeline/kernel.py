@@ -1,8 +1,9 @@
-"""C files, compiled on this machine when first wanted, for this processor; None where there is no C compiler.
+"""C files, compiled on this machine when first wanted, for this processor, as far as that can be done.
 
-The decision that shaped it: they are a faster way, never needed: finish.c's bits are those that finish.py gets with
-torch, and a test compares the two. Compiled anew by every process (half a second), so there is nothing to keep, ship or
-distrust. Left out: what is computed (finish.c, the trainer's native.c) and for what.
+The decision that shaped it: they are a faster way to the same bits, never needed: without libjpeg-turbo's headers
+simplejpeg decodes, without a C compiler torch computes, and tests compare them all. Compiled anew by every process
+(half a second), so there is nothing to keep, ship or distrust. Left out: what is computed (decode.c, finish.c, the
+trainer's native.c) and for what.
 """
 
 import ctypes
@@ -13,18 +14,23 @@ import tempfile
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
-from torch import Tensor
-
-SOURCE = Path(__file__).with_name("finish.c")
+MESSAGE_BYTES = 200  # libjpeg's JMSG_LENGTH_MAX
+_FOLDER = Path(__file__).parent
 _FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fPIC")
 _LIMIT_S = 60
-
-# (pixels uint8 (224, 224, 3), is_flipped, bias (3,), mean_image or None, factor (3,), out float32, is_nchw)
-Kernel = Callable[[Tensor, bool, Tensor, Tensor | None, Tensor, Tensor, bool], None]
+_POINTER, _INT = ctypes.c_void_p, ctypes.c_int
 
 
-def compile_library(source: Path, *flags: str) -> ctypes.CDLL | None:
+class Kernel(NamedTuple):
+    """The compiled functions, called with addresses: see finish.c and decode.c, which may be missing."""
+
+    finish: Callable[..., None]
+    decode: Callable[..., int] | None
+
+
+def compile_library(source: Path, *flags: str, libraries: tuple[str, ...] = ("-lm",)) -> ctypes.CDLL | None:
     """A C file as a library of this process, or None. With -fopenmp its threads are those of the OpenMP that is already
     loaded, torch's: two of them in one process would fight for the cores."""
     compiler = shutil.which(os.environ.get("CC") or "cc")
@@ -35,7 +41,7 @@ def compile_library(source: Path, *flags: str) -> ctypes.CDLL | None:
         try:
             for command in (
                 [compiler, *_FLAGS, *flags, "-c", str(source), "-o", compiled],
-                [compiler, "-shared", compiled, "-o", library, "-lm"],
+                [compiler, "-shared", compiled, "-o", library, *libraries],
             ):
                 subprocess.run(command, check=True, capture_output=True, timeout=_LIMIT_S)
             return ctypes.CDLL(library)
@@ -45,27 +51,14 @@ def compile_library(source: Path, *flags: str) -> ctypes.CDLL | None:
 
 @cache
 def load_kernel() -> Kernel | None:
-    """The compiled function, or None. It needs pixels whose rows are contiguous, and an `out` aligned to 16 bytes."""
-    library = compile_library(SOURCE)
+    """It needs pixels whose rows are contiguous, and memory for its results that is aligned to 16 bytes."""
+    library = compile_library(_FOLDER / "decode.c", libraries=("-ljpeg",)) or compile_library(_FOLDER / "finish.c")
     if library is None:
         return None
-    function = library.finish
-    pointer = ctypes.c_void_p
-    function.argtypes = [pointer, ctypes.c_ssize_t, ctypes.c_int, *[pointer] * 4, ctypes.c_int]
-    function.restype = None
-
-    def finish(
-        pixels: Tensor, is_flipped: bool, bias: Tensor, mean: Tensor | None, factor: Tensor, out: Tensor, is_nchw: bool
-    ) -> None:
-        function(
-            pixels.data_ptr(),
-            pixels.stride(0),
-            is_flipped,
-            bias.data_ptr(),
-            None if mean is None else mean.data_ptr(),
-            factor.data_ptr(),
-            out.data_ptr(),
-            is_nchw,
-        )
-
-    return finish
+    finish, decode = library.finish, getattr(library, "decode", None)
+    finish.argtypes = [_POINTER, ctypes.c_ssize_t, _INT, *[_POINTER] * 4, _INT, _INT]
+    finish.restype = None
+    if decode is not None:
+        decode.argtypes = [_INT, *[_POINTER] * 8, _INT, _INT, _POINTER]
+        decode.restype = _INT
+    return Kernel(finish, decode)

@@ -7,16 +7,16 @@ the pixels (graph.py, assemble.py, finish.py), what the options mean (feeding.py
 """
 
 import json
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from typing import Any, Literal, NamedTuple
 
 import torch
-from nvidia.dali.plugin.pytorch import DALIGenericIterator
 from torch import Tensor
 
-from pipeline.assemble import Assemble, Batch, Decoded, InFlight, Stored
+from pipeline.assemble import Batch, InFlight, make_assembler
 from pipeline.balance import find_host_share
 from pipeline.colorstats import ColorStats
 from pipeline.errors import UserError
@@ -34,16 +34,16 @@ from pipeline.graph import (
     DRAWN,
     GRAPH_VERSION,
     NUMBERS,
+    Batches,
+    Drawn,
     count_buffered,
-    finish_epoch,
-    iterate,
     read_draws,
     stream_seed,
-    take,
     train_pipeline,
 )
 from pipeline.readahead import Gate, ShardOrder
 from pipeline.shardset import KEY_DIGITS, ShardSet
+from pipeline.threads import Job
 
 __all__ = ["Batch", "Draws", "EvalLoader", "TrainLoader", "read_pixels"]
 
@@ -58,6 +58,15 @@ class Draws(NamedTuple):
     flip: Tensor
     shift: Tensor
     keys: list[str]
+
+
+class _Begun(NamedTuple):
+    """A batch under way: what was drawn, its images, the graph's own memory, and DALI's state right after it."""
+
+    drawn: Drawn
+    images: Job[Tensor]
+    outputs: dict[str, Any]
+    checkpoint: bytes
 
 
 class TrainLoader:
@@ -137,12 +146,9 @@ class TrainLoader:
         if feed.decode == "hybrid" and host_share is None:
             feed = replace(feed, host_share=find_host_share(shards, feed))
         self.feed = feed
-        self._assemble: Assemble
-        if feed.decode == "stored":
-            cached = cache is not None
-            self._assemble = Stored(shards, colors, transform, feed, cached=cached, num_local_ranks=num_local_ranks)
-        else:
-            self._assemble = Decoded(colors, transform, feed, cropped=True)
+        self._assemble = make_assembler(
+            shards, colors, transform, feed, cropped=True, cached=cache is not None, num_local_ranks=num_local_ranks
+        )
         self._gate = Gate(
             shards,
             ShardOrder(len(shards.shards("train")), stream_seed(seed, "shards")),
@@ -167,11 +173,16 @@ class TrainLoader:
         self._in_flight = InFlight(feed)
         self._source = torch.arange(self.local_batch_size)
         self._basis = torch.from_numpy(colors.lighting_basis(lighting)).float() if lighting else None
-        outputs = [*([] if feed.decode == "stored" else ["pixels"]), *NUMBERS, *DRAWN]
-        self._start = lambda checkpoint=None: iterate(
-            train_pipeline(shards, transform, feed, checkpoint=checkpoint), outputs, with_padding=True
+        self._ahead: deque[_Begun] = deque()
+        self._start = lambda checkpoint=None, num_taken=0: Batches(
+            train_pipeline(shards, transform, feed, checkpoint=checkpoint),
+            shards,
+            feed,
+            NUMBERS + DRAWN,
+            num_taken=num_taken,
         )
-        self._iterator: DALIGenericIterator = self._start()
+        self._batches: Batches = self._start()
+        self._checkpoint = self._batches.checkpoint()
 
     def __len__(self) -> int:
         return self._num_steps
@@ -183,20 +194,37 @@ class TrainLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         while self._step < self._num_steps:
-            self._gate.wait(self.epoch, self._step)
-            outputs = take(self._iterator, self._shards, "train")
+            while self._can_begin():
+                self._ahead.append(self._begin())
+            begun = self._ahead.popleft()
+            images, (labels, keys, offset, flip, shift) = begun.images.result(), begun.drawn
             self._step += 1
-            labels, keys, offset, flip, shift = drawn = read_draws(outputs, self._basis)
+            self._checkpoint = begun.checkpoint
             if self._with_draws:
                 self.draws = Draws(offset, flip, shift, [f"{key:0{KEY_DIGITS}d}" for key in keys.tolist()])
-            images = self._assemble(outputs.get("pixels"), keys, Views(self._source, offset, flip, shift))
             labels = labels.to(images.device, non_blocking=True)
-            self._in_flight.hold((outputs, drawn))
+            self._in_flight.hold(begun)
+            del begun  # DALI's memory is free again while the loop has the batch
             yield Batch(images, labels)
         self._finish_epoch()
 
+    def _can_begin(self) -> bool:
+        """Whether another batch should be begun now: one is needed, those after it must not be waited for."""
+        step = self._step + len(self._ahead)
+        if step == self._num_steps or len(self._ahead) > self.feed.num_ahead:
+            return False
+        return not self._ahead or self._gate.is_open(self.epoch, step)
+
+    def _begin(self) -> _Begun:
+        self._gate.wait(self.epoch, self._step + len(self._ahead))
+        outputs = self._batches.take()
+        drawn = read_draws(outputs, self._basis)
+        views = Views(self._source, drawn.offset, drawn.flip, drawn.shift)
+        return _Begun(drawn, self._assemble(outputs, drawn.keys, views, 1), outputs, self._batches.checkpoint())
+
     def _finish_epoch(self) -> None:
-        finish_epoch(self._iterator)  # at most one batch is left: the incomplete one
+        self._batches.finish_epoch()  # at most one batch is left: the incomplete one
+        self._checkpoint = self._batches.checkpoint()
         self.epoch += 1
         self._step = 0
 
@@ -206,7 +234,7 @@ class TrainLoader:
             "epoch": self.epoch,
             "step": self._step,
             "signature": json.dumps(self._signature, sort_keys=True),
-            "dali": self._checkpoint().hex(),
+            "dali": self._checkpoint.hex(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -219,10 +247,9 @@ class TrainLoader:
                     "resume with the same settings, or start a new run"
                 )
         epoch, step = int(state["epoch"]), int(state["step"])
+        while self._ahead:
+            self._ahead.popleft().images.wait()  # they write to memory that is used again
         self._gate.wait(epoch, step)  # DALI reads its shuffle buffer again at once
-        self._iterator = self._start(bytes.fromhex(state["dali"]))
+        self._checkpoint = bytes.fromhex(state["dali"])
+        self._batches = self._start(self._checkpoint, step)
         self.epoch, self._step = epoch, step
-
-    def _checkpoint(self) -> bytes:
-        checkpoint = self._iterator.checkpoints()[0]
-        return checkpoint.encode("latin-1") if isinstance(checkpoint, str) else bytes(checkpoint)

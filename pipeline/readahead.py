@@ -7,7 +7,7 @@ data set of as many one-sample shards, and not imitated. Left out: fetching (fet
 
 import bisect
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -101,13 +101,23 @@ class Gate:
         if self._preferred != epoch:
             self._preferred = epoch
             fetcher.prefer(self._plan(epoch))
+        for later, names in self._needed(epoch, step):
+            if self._opened < (later, len(names)):
+                fetcher.wait(names)
+                self._opened = (later, len(names))
+
+    def is_open(self, epoch: int, step: int) -> bool:
+        """Whether `wait` would return at once."""
+        if self._shards.remote is None:
+            return True
+        return self._shards.remote.fetcher.has(name for _, names in self._needed(epoch, step) for name in names)
+
+    def _needed(self, epoch: int, step: int) -> Iterator[tuple[int, list[str]]]:
+        """The shards of each epoch, in order, that may be read before a batch is there."""
         num_samples = self._ahead + (step + 1) * self._batch_size
         while num_samples > 0:
             names, ends = self._part(epoch)
-            num_shards = min(bisect.bisect_left(ends, num_samples) + 1, len(names))
-            if self._opened < (epoch, num_shards):
-                fetcher.wait(names[:num_shards])
-                self._opened = (epoch, num_shards)
+            yield epoch, names[: bisect.bisect_left(ends, num_samples) + 1]
             num_samples -= ends[-1]
             epoch += 1
 

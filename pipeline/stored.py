@@ -3,28 +3,26 @@
 The decision that shaped it: a graph without a decoder (graph.py, "stored") says which samples come and what was drawn
 for them, by the same operators as any other, so that neither raw shards nor a cache changes the order, the draws, or
 what a state holds; this file only finds the pixels for a key. Rows are read with pread into memory that is used again:
-mapping the tars costs a page fault for every 4 KiB, each epoch anew. Left out: decoding (graph.py), arithmetic
+mapping the tars costs a page fault for every 4 KiB, each epoch anew. Left out: decoding (hostpixels.py), arithmetic
 (finish.py).
 """
 
 import os
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from pipeline.console import note
 from pipeline.errors import UserError
-from pipeline.finish import run_all
 from pipeline.shardset import ENDINGS, IMAGE_SIZE_PX, ShardSet
 
 SAMPLE_SHAPE = (IMAGE_SIZE_PX, IMAGE_SIZE_PX, 3)
-SAMPLE_BYTES = IMAGE_SIZE_PX * IMAGE_SIZE_PX * 3
+ROW_BYTES = IMAGE_SIZE_PX * 3
+SAMPLE_BYTES = IMAGE_SIZE_PX * ROW_BYTES
 HOST_RESERVE_BYTES = 2 << 30  # left to the rest of the machine by a cache in host memory
 GPU_RESERVE_BYTES = 12 << 30  # left by a cache on a GPU to the network: AlexNet at batch 1024 takes less
 _MEMINFO = Path("/proc/meminfo")
@@ -63,6 +61,10 @@ class SampleTable:
         if not known.all():
             raise UserError(f"sample {keys[~known][0]:09d} is in no index; run `alexnet-prep shard` again with --force")
         return positions.tolist()
+
+    def find_tar(self, key: int) -> Path:
+        """The tar of a sample. Raises UserError for a key that is in no index."""
+        return self._tars[self._numbers[self.find(np.array([key]))[0]]]
 
     def read(self, position: int) -> NDArray[np.uint8]:
         """The stored bytes of a sample, in memory of their own."""
@@ -107,25 +109,6 @@ def _find(words: list[str], ending: str, path: Path) -> tuple[int, int, int]:
     raise UserError(f"{path}: no .{ending} in row {' '.join(words)!r}; run `alexnet-prep shard` again with --force")
 
 
-class RawPixels:
-    """Pixels of raw shards, read row by row: `load(position, top)` gives (256, 256, 3), of which `num_rows` are read.
-
-    Each thread has one such image, and overwrites it the next time.
-    """
-
-    def __init__(self, table: SampleTable) -> None:
-        self._table = table
-        self._local = threading.local()
-
-    def load(self, position: int, top: int = 0, num_rows: int = IMAGE_SIZE_PX) -> Tensor:
-        if not hasattr(self._local, "image"):
-            self._local.image = torch.empty(SAMPLE_SHAPE, dtype=torch.uint8)
-            self._local.rows = self._local.image.numpy()
-        row_bytes = SAMPLE_BYTES // IMAGE_SIZE_PX
-        self._table.read_into(position, self._local.rows[top : top + num_rows].reshape(-1), top * row_bytes)
-        return self._local.image
-
-
 class MemoryPixels:
     """The decoded images of a whole split, 196,608 bytes each, in host memory or on a GPU; filled as they come by.
 
@@ -134,8 +117,10 @@ class MemoryPixels:
 
     def __init__(self, num_samples: int, device: torch.device) -> None:
         self._is_there = np.zeros(num_samples, bool)
+        self.array: NDArray[np.uint8] | None = None  # the same memory as `pixels`, on the host
         if device.type == "cpu":  # NumPy asks for huge pages; touched first when filled
-            self.pixels = torch.from_numpy(np.empty((num_samples, *SAMPLE_SHAPE), np.uint8))
+            self.array = np.empty((num_samples, *SAMPLE_SHAPE), np.uint8)
+            self.pixels = torch.from_numpy(self.array)
         else:
             self.pixels = torch.empty((num_samples, *SAMPLE_SHAPE), dtype=torch.uint8, device=device)
 
@@ -143,21 +128,11 @@ class MemoryPixels:
     def num_missing(self) -> int:
         return int((~self._is_there).sum())
 
-    def missing(self, positions: Sequence[int]) -> list[int]:
-        """Those of some positions that must be decoded, each once."""
-        return [position for position in dict.fromkeys(positions) if not self._is_there[position]]
+    def has(self, position: int) -> bool:
+        return bool(self._is_there[position])
 
-    def put(self, positions: Sequence[int], images: Sequence[Tensor], threads: ThreadPoolExecutor | None) -> None:
-        """Keep images uint8 (256, 256, 3). `threads` share the work in host memory."""
-
-        def copy(i: int) -> None:
-            self.pixels[positions[i]].copy_(images[i], non_blocking=self.pixels.is_cuda)
-
-        if threads is None:
-            for i in range(len(positions)):
-                copy(i)
-        else:
-            run_all(threads, copy, range(len(positions)))
+    def mark(self, positions: Sequence[int]) -> None:
+        """What stands at these positions of `pixels` is their image from now on."""
         self._is_there[list(positions)] = True
 
 

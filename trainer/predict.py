@@ -15,12 +15,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pipeline.colorstats import ColorStats
 from pipeline.decoding import BadImage, Pixels
 from pipeline.errors import UserError
-from pipeline.finish import CENTRE_PX, FIVE_OFFSETS_PX, CpuFinisher, GpuFinisher, Transform, Views
+from pipeline.finish import CENTRE_PX, FIVE_OFFSETS_PX, GpuFinisher, Transform, Views
+from pipeline.hostfinish import make_finisher
 from pipeline.imaging import read_square
-from pipeline.kernel import load_kernel
 from pipeline.names import IMAGE_ENDINGS
 from trainer.evaluate import BATCH_SIZE, TOP, Crops, choose_dtype, log_probabilities
 from trainer.weights import Classes, Weights, make_net, name_class
@@ -63,7 +62,7 @@ class Predictor:
         self._net, self._dtype = make_net(weights, device), choose_dtype(recipe.precision, device)
         self._device = device
         transform = Transform(recipe.mean, None, False, False, recipe.unit_variance, "float32", "NHWC")
-        self._finish = _make_finisher(transform, weights.colors, device, self.num_threads)
+        self._finish = make_finisher(transform, weights.colors, device, self.num_threads)
         views = [(*CENTRE_PX, 0)]
         if crops == "ten":
             views = [(y, x, flip) for flip in (0, 1) for y, x in FIVE_OFFSETS_PX]
@@ -83,7 +82,7 @@ class Predictor:
         if isinstance(self._finish, GpuFinisher):
             finished = self._finish(torch.stack(pixels).to(self._device), wanted)
         else:
-            finished = self._finish(pixels.__getitem__, wanted)
+            finished = self._finish.begin(pixels.__getitem__, wanted, len(self._views)).result()
         finished = finished.reshape(len(pixels), len(self._views), *finished.shape[1:])
         return log_probabilities(self._net, finished, self._dtype).cpu()
 
@@ -138,11 +137,3 @@ def _read(path: Path) -> Pixels | str:
         return f"cannot be read ({error.strerror or error})"
     except BadImage as error:
         return str(error)
-
-
-def _make_finisher(
-    transform: Transform, colors: ColorStats, device: torch.device, num_threads: int
-) -> CpuFinisher | GpuFinisher:
-    if device.type == "cuda":
-        return GpuFinisher(transform, colors, device)
-    return CpuFinisher(transform, colors, num_threads, load_kernel())

@@ -75,10 +75,10 @@ def test_timing_reads_the_same_number_of_batches_from_both(shards, feed, monkeyp
     def spy(shards, feed, *, whole):
         pipeline = build(shards, feed, whole=whole)
         run = pipeline.run
-        pipeline.run = lambda: batches.append(feed.decode) or run()
+        pipeline.run = lambda: batches.append((feed.decode, feed.host_share)) or run()
         return pipeline
 
     monkeypatch.setattr(balance, "eval_pipeline", spy)
     clock = itertools.count()
     assert find_host_share(shards, feed, clock=lambda: next(clock)) == 0.5
-    assert batches.count("host") == batches.count("mixed") > 16
+    assert batches.count(("hybrid", 1.0)) == batches.count(("mixed", 0.5)) > 16

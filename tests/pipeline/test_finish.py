@@ -11,19 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline import kernel
+from pipeline import hostfinish, kernel
 from pipeline.errors import UserError
-from pipeline.finish import (
-    Buffers,
-    Constants,
-    CpuFinisher,
-    GpuFinisher,
-    Transform,
-    Views,
-    finish_batch,
-    run_all,
-    start_threads,
-)
+from pipeline.finish import Constants, GpuFinisher, Transform, Views, finish_batch
+from pipeline.hostfinish import Buffers, CpuFinisher
+from pipeline.threads import run_all, start_threads
 from tests import oracle
 
 TOLERANCE_GREY = 1e-3
@@ -51,7 +43,8 @@ def views() -> Views:
 
 
 def finish_on_cpu(transform, colors, images, views, compiled) -> torch.Tensor:
-    return CpuFinisher(transform, colors, 2, the_kernel() if compiled else None)(images.__getitem__, views)
+    finisher = CpuFinisher(transform, colors, 2, the_kernel() if compiled else None)
+    return finisher.begin(images.__getitem__, views).result()
 
 
 def the_kernel():
@@ -197,7 +190,7 @@ def test_a_few_free_buffers_are_kept_and_a_larger_one_is_made_when_needed():
     held = [buffers.take((100,), torch.float32) for _ in range(20)]
     del held
     gc.collect()
-    assert len(buffers._free) == 4
+    assert len(buffers._free) == hostfinish._KEPT_BUFFERS
     assert buffers.take((1000,), torch.float32).shape == (1000,)
     assert buffers.take((0, 3), torch.float32).shape == (0, 3)
 

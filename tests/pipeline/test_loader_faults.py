@@ -13,6 +13,7 @@ import torch
 from pipeline import graph
 from pipeline.errors import UserError
 from pipeline.feeding import count_local_ranks, count_threads
+from pipeline.loader import read_pixels
 from pipeline.shardset import ShardSet
 from tests.pipeline.loading import NUM_TRAIN
 
@@ -126,8 +127,8 @@ def with_sizes_on_disk(shards) -> dict:
     return manifest
 
 
-def garble_one_image(shards, split) -> None:
-    """Overwrite the first JPEG of the split's second shard with zeros, its tar header left alone."""
+def garble_one_image(shards, split) -> str:
+    """Overwrite the first JPEG of the split's second shard with zeros, its tar header left alone. Returns its key."""
     line = next(line for line in shards.indices(split)[1].read_text().splitlines()[1:] if "jpg" in line).split()
     offset, size = int(line[1]), int(line[2])
     with shards.tars(split)[1].open("r+b") as file:
@@ -135,6 +136,7 @@ def garble_one_image(shards, split) -> None:
         assert file.read(2) == b"\xff\xd8"  # where a JPEG begins
         file.seek(offset)
         file.write(bytes(size))
+    return line[3][:9]
 
 
 def cut_in_half(shards, split) -> None:
@@ -143,17 +145,27 @@ def cut_in_half(shards, split) -> None:
         file.truncate(path.stat().st_size // 2)
 
 
-@pytest.mark.parametrize(
-    ("damage", "reader"),
-    [(garble_one_image, "train"), (garble_one_image, "pixels"), (cut_in_half, "train"), (cut_in_half, "eval")],
-    ids=lambda value: value if isinstance(value, str) else value.__name__,
-)
-def test_a_shard_damaged_under_the_reader_ends_the_process_with_a_failure(private_shards, damage, reader):
-    damage(private_shards, "val" if reader == "eval" else "train")
+@pytest.mark.parametrize("reader", ["train", "eval", "ten", "pixels"])
+def test_an_image_that_cannot_be_decoded_is_named(private_shards, colors, make_train, make_eval, reader):
+    split = "train" if reader in ("train", "pixels") else "val"
+    key = garble_one_image(private_shards, split)
+    batches = {
+        "train": lambda: make_train(shards=private_shards),
+        "eval": lambda: make_eval(shards=private_shards),
+        "ten": lambda: make_eval(shards=private_shards, crops="ten"),
+        "pixels": lambda: read_pixels(private_shards, batch_size=4),
+    }[reader]()
+    tar = private_shards.tars(split)[1].name
+    with pytest.raises(UserError, match=rf"{tar}: sample {key} cannot be decoded \(.+\); list all such with"):
+        list(batches)
+
+
+@pytest.mark.parametrize("reader", ["train", "eval"])
+def test_a_shard_that_was_cut_under_the_reader_ends_the_process_with_a_failure(private_shards, reader):
+    cut_in_half(private_shards, "val" if reader == "eval" else "train")
     make = {
         "train": "TrainLoader(shards, colors, global_batch_size=4, num_threads=2)",
         "eval": "EvalLoader(shards, colors, batch_size=4, num_threads=2)",
-        "pixels": "read_pixels(shards, batch_size=4, num_threads=2)",
     }[reader]
     program = READ_PROGRAM.format(make=make)
     (private_shards.root / "manifest.json").write_text(json.dumps(with_sizes_on_disk(private_shards)))

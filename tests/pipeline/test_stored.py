@@ -7,7 +7,7 @@ import torch
 from pipeline import stored
 from pipeline.errors import UserError
 from pipeline.shardset import ShardSet
-from pipeline.stored import SAMPLE_BYTES, MemoryPixels, RawPixels, SampleTable, available_bytes, choose_memory
+from pipeline.stored import ROW_BYTES, SAMPLE_BYTES, MemoryPixels, SampleTable, available_bytes, choose_memory
 from tests import oracle
 from tests.pipeline.loading import make_raw, read_keys
 
@@ -41,10 +41,9 @@ def test_only_the_rows_asked_for_are_read(raw_shards, samples):
     table = SampleTable(raw_shards, "train")
     key, (pixels, _) = next(iter(samples["train"].items()))
     (position,) = table.find(np.array([int(key)]))
-    raw = RawPixels(table)
-    raw.load(position).zero_()
-    got = raw.load(position, 20, 30).numpy()
-    assert np.array_equal(got[20:50], pixels[20:50]) and not got[:20].any() and not got[50:].any()
+    rows = np.zeros((30, 256, 3), np.uint8)
+    table.read_into(position, rows.reshape(-1), 20 * ROW_BYTES)
+    assert np.array_equal(rows, pixels[20:50])
 
 
 def test_a_key_that_no_index_has_is_named(private_raw):
@@ -108,18 +107,18 @@ def test_from_the_second_epoch_on_nothing_is_read_or_decoded(make_train, monkeyp
 def test_a_cache_holds_the_stored_images(make_train, samples):
     loader = make_train(cache="raw", global_batch_size=16)
     read_keys(loader)
-    memory = loader._assemble._memory
+    memory = loader._assemble.memory
     assert memory.num_missing == 0 and memory.pixels.shape == (64, 256, 256, 3)
     for key, image in zip(sorted(samples["train"]), memory.pixels, strict=True):
         assert np.array_equal(image.numpy(), samples["train"][key][0])
 
 
-def test_what_is_missing_is_asked_for_once_each():
+def test_a_cache_knows_what_it_has():
     memory = MemoryPixels(4, CPU)
-    assert memory.missing([2, 0, 2, 2]) == [2, 0]
-    memory.put([2], [torch.ones(256, 256, 3, dtype=torch.uint8)], None)
-    assert memory.missing([2, 0, 2]) == [0] and memory.num_missing == 3
-    assert memory.pixels[2].min() == 1
+    memory.pixels[2] = 1
+    memory.mark([2])
+    assert [memory.has(position) for position in range(4)] == [False, False, True, False]
+    assert memory.num_missing == 3 and memory.array[2].min() == 1
 
 
 def test_the_memory_needed_is_said_before_it_is_taken(make_train, capsys):
