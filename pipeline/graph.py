@@ -1,9 +1,9 @@
 """The DALI graphs: who comes when, what is drawn for it, and its decoded pixels. For training, evaluation, statistics.
 
 The decision that shaped it: a graph ends with uint8 pixels and the random draws. Colour, flip and conversion are one
-function for every device (finish.py), so that graphs differ in one thing only, where the pixels are decoded: on host
-cores, on the GPU, on both at once, or not at all, when they lie uncompressed in shards or in memory (stored.py). Every
-random operator has a seed of its own, so neither that choice nor switching one augmentation off changes the draws of
+function for every device (finish.py), so that graphs differ in one thing only, what they give of the pixels: decoded on
+the GPU, or there and on host cores at once; JPEGs as they are, for the host (hostpixels.py); or nothing, when pixels
+lie uncompressed in shards or in memory (stored.py). Every random operator has a seed of its own, so neither that choice nor switching one augmentation off changes the draws of
 the others. Left out: epochs, ranks, tensors and checkpoints (loader.py).
 """
 
@@ -92,8 +92,8 @@ def train_pipeline(shards: ShardSet, transform: Transform, feed: Feed, *, checkp
     """Shuffled training samples with their draws, with checkpointing; from `checkpoint` on, where one is given.
 
     Outputs: label and key, ASCII digits uint8 (5,) and (9,); y and x, float32 (), the crop's place as a fraction of
-    the room there is; flip int32 (); noise float32 (3,), standard normal; see `read_draws`. And first of all, unless
-    feed.decode is "stored", that crop, not flipped: uint8 (224, 224, 3) on feed.device.
+    the room there is; flip int32 (); noise float32 (3,), standard normal; see `read_draws`. And first of all, if the
+    graph decodes, that crop, not flipped: uint8 (224, 224, 3) on feed.device; if the host does, the JPEG's bytes.
     """
 
     def seed_of(stream: str) -> int:
@@ -125,9 +125,9 @@ def train_pipeline(shards: ShardSet, transform: Transform, feed: Feed, *, checkp
 
 
 def eval_pipeline(shards: ShardSet, feed: Feed, *, whole: bool) -> Pipeline:
-    """Every sample of this rank's part once, in order. Outputs: pixels unless feed.decode is "stored", label, key.
+    """Every sample of this rank's part once, in order. Outputs: the image as for training, label, key.
 
-    pixels: uint8 on feed.device, the image as stored (256, 256, 3) if `whole`, else its central (224, 224, 3).
+    Pixels: uint8 on feed.device, the image as stored (256, 256, 3) if `whole`, else its central (224, 224, 3).
     """
 
     def define() -> tuple[DataNode, ...]:

@@ -80,7 +80,7 @@ class CpuFinisher:
         """(N, 3, 224, 224) of view n of JPEG n, decoded in the same pass; `refuse` makes the error of one."""
         num, out, biases = self._prepare(views)
         offset, flip = views.offset.to(torch.int32).contiguous(), views.flip.to(torch.int32).contiguous()
-        bytes_per_image, at_once = out[0].numel() * out.element_size(), self._share(num)
+        bytes_per_image, at_once = _ROW * CROP_SIZE_PX * out.element_size(), self._share(num)
 
         def finish(first: int) -> None:
             images = [encoded[n] for n in range(first, min(first + at_once, num))]

@@ -19,7 +19,7 @@ from torch import Tensor
 from pipeline.errors import UserError
 from pipeline.graph import Feed
 from pipeline.shardset import IMAGE_SIZE_PX, ShardSet
-from pipeline.stored import ROW_BYTES, SAMPLE_SHAPE, SampleTable
+from pipeline.stored import ROW_BYTES, SAMPLE_BYTES, SAMPLE_SHAPE, SampleTable
 
 # Fill rows uint8 (n, 256, 3) with those of the i-th image of a batch from row `top` on.
 ReadRows = Callable[[int, NDArray[np.uint8], int], None]
@@ -58,8 +58,11 @@ class HostPixels:
     def scratch(self) -> tuple[Tensor, NDArray[np.uint8]]:
         """An image (256, 256, 3) of this thread's own, to be overwritten: as a tensor, and as an array."""
         if not hasattr(self._local, "image"):
-            tensor = torch.empty(SAMPLE_SHAPE, dtype=torch.uint8)
-            self._local.image = (tensor, tensor.numpy())
+            # libjpeg-turbo stores past the caches what begins at a multiple of 32, and this is read at once.
+            memory = np.empty(SAMPLE_BYTES + 32, np.uint8)
+            start = (16 - memory.ctypes.data) % 32
+            array = memory[start : start + SAMPLE_BYTES].reshape(SAMPLE_SHAPE)
+            self._local.image = (torch.from_numpy(array), array)
         return self._local.image
 
     def refuse(self, key: int, reason: str) -> UserError:
