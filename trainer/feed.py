@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from pipeline.assemble import Decoded
+from pipeline.assemble import FromGraph
 from pipeline.colorstats import ColorStats
 from pipeline.feeding import DecodeOption
 from pipeline.finish import Transform, Views
@@ -166,10 +166,10 @@ class _Finish:
         transform = Transform(
             mean=recipe.mean, lighting=recipe.lighting, unit_variance=recipe.unit_variance, layout="NHWC"
         )
-        self._finish = Decoded(colors, transform, feed, cropped=True)
+        self._finish = FromGraph(colors, transform, feed, cropped=True)
 
     def __call__(self, pixels: Tensor, shift: Tensor) -> Tensor:
         """pixels uint8 (B, 224, 224, 3), cropped and flipped, shift float32 (B, 3); to float32 (B, 3, 224, 224)."""
         num = len(pixels)
         views = Views(torch.arange(num), torch.zeros(num, 2, dtype=torch.int32), torch.zeros(num, dtype=torch.int32))
-        return self._finish(pixels, views.source, views._replace(shift=shift))
+        return self._finish({"pixels": pixels}, views.source, views._replace(shift=shift)).result()
