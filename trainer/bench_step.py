@@ -53,6 +53,38 @@ def count_step_flops(recipe: Recipe, num_classes: int = 1000) -> int:
     return 2 * (3 * sum(macs.values()) - macs["conv1"])
 
 
+def count_step_bytes(recipe: Recipe, batch_size: int, num_classes: int = 1000) -> float:
+    """Bytes that a float32 training step on the CPU must move for each image if every pass reads its input and writes
+    its result once: what no cache saves, with batches whose maps do not fit in one.
+
+    A layer reads its input and writes its output; backward it reads the output's gradient twice (for the weights, for
+    the input), its input, and writes the input's gradient (conv1's not). ReLU, forward and backward: five maps; with
+    normalisation, in one pass each: five; pooling: its larger side twice, its smaller and the places of the maxima (8
+    bytes each) twice. Weights: read forward and backward, their gradient written; the update reads three such and
+    writes two.
+    """
+    numbers = {"maps": 0.0, "weights": 0.0}
+    with torch.device("meta"):
+        model, image = AlexNet(recipe, num_classes), torch.empty(1, 3, IMAGE_SIZE_PX, IMAGE_SIZE_PX)
+    pooled = 0
+    for name, layer in model.named_children():
+
+        def count(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor, name: str = name) -> None:
+            nonlocal pooled
+            into, out = inputs[0].numel(), output.numel()
+            numbers["maps"] += (2 if name == "conv1" else 3) * into + 3 * out  # the layer
+            numbers["maps"] += 5 * out if name != "fc8" else 0  # what follows it: ReLU, with normalisation or without
+            if name in ("conv1", "conv2", "conv5"):
+                pooled += out
+            numbers["weights"] += sum(p.numel() for p in layer.parameters()) * (3 + 5)
+
+        layer.register_forward_hook(count)
+    model(image)
+    smaller = pooled / 4
+    numbers["maps"] += 2 * pooled + 2 * smaller + 2 * smaller * 2
+    return 4 * (numbers["maps"] + numbers["weights"] / batch_size)
+
+
 class Trainee:
     """A network in training, as train.py sets one up, and the times of its latest steps' parts."""
 

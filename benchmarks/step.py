@@ -1,0 +1,198 @@
+"""How fast is a training step on the CPU? Ours, the usual ways and the machine's limits, alternated on the same cores.
+
+    python benchmarks/step.py --python PEERS/bin/python --json step.json         # about five minutes
+    python benchmarks/step.py --only ours,usual --batch 8 --rounds 2 --seconds 0 # to see that it runs
+
+All train on the same batch in memory, 224x224, 1000 classes. The decision that shaped it: rates are compared at equal
+precision and of equal networks (the paper's, with its groups), and whatever differs from that is a row of its own. The
+limits: operations of a step over the rate of large matrix products, and bytes that its passes must move, counted, over
+the rate of a running sum. Left out: data (feed.py) and GPUs (gpu.py, `alexnet-bench step`).
+"""
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from common import (
+    Child,
+    Entry,
+    Failed,
+    Row,
+    alternate,
+    choose,
+    choose_cpus,
+    closing_all,
+    compare,
+    describe_machine,
+    report,
+    start_child,
+    unwind_when_terminated,
+)
+
+HERE = Path(__file__).resolve().parent
+SCRIPT = HERE / "peers_step.py"
+NUM_CLASSES = 1000
+ENTRIES = (
+    Entry("ours", "ours", "`trainer.learner.Learner`, recipe paper, float32"),
+    Entry("ours-no-lrn", "ours", "the same without normalisation"),
+    Entry("ours-bf16", "ours", "the same, bfloat16 autocast"),
+    Entry(
+        "usual", "peer", "the usual reproduction, the paper's groups: nn.LocalResponseNorm, float32, NCHW, torch SGD"
+    ),
+    Entry("usual-ungrouped", "peer", "the same as it is mostly found, without groups (1.6 times the operations)"),
+    Entry("usual-nhwc", "control", "the usual reproduction in channels_last"),
+    Entry("usual-bf16", "peer", "the usual reproduction, bfloat16 autocast"),
+    Entry("torchvision", "peer", "torchvision's AlexNet and reference recipe (no normalisation), float32"),
+    Entry("ours-owt", "ours", "recipe owt: torchvision's network"),
+    Entry("limit-products", "limit", "a step's operations at the rate of 2048x2048 float32 products"),
+    Entry("limit-memory", "limit", "a step's bytes, counted, at the rate of b += a"),
+)
+DEFAULT = "ours,ours-no-lrn,usual,usual-ungrouped,torchvision,ours-owt,limit-products,limit-memory"
+PAIRS = (
+    ("ours", "usual"),
+    ("ours", "usual-ungrouped"),
+    ("ours-bf16", "usual-bf16"),
+    ("ours-owt", "torchvision"),
+    ("ours", "limit-products"),
+    ("ours", "limit-memory"),
+)
+
+
+def main() -> None:
+    options = parse_arguments()
+    unwind_when_terminated()
+    cpus = choose_cpus(options.workers)
+    entries = choose(ENTRIES, options.only)
+    scratch = Path(tempfile.mkdtemp(prefix="step-"))
+    try:
+        text, document = measure(options, entries, cpus, scratch)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    print(text)
+    if options.json:
+        Path(options.json).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Training steps: ours, peers and limits in alternation.")
+    parser.add_argument(
+        "--python",
+        action="append",
+        default=[],
+        metavar="PATH",
+        help="interpreter of an environment with torchvision; may be repeated (default: this one alone)",
+    )
+    parser.add_argument("--batch", type=int, default=64, help="images a step; each contestant keeps its memory")
+    parser.add_argument("--rounds", type=int, default=5, help="timed rounds")
+    parser.add_argument("--seconds", type=float, default=3.0, help="length of a turn; two steps at least")
+    parser.add_argument("--workers", type=int, default=2, help="cores, and threads of every contestant")
+    names = ",".join(entry.name for entry in ENTRIES)
+    parser.add_argument("--only", metavar="NAMES", default=DEFAULT, help=f"some of: {names}")
+    parser.add_argument("--json", metavar="FILE", help="write everything measured there")
+    options = parser.parse_args()
+    if options.batch < 1 or options.rounds < 1 or options.seconds < 0:
+        parser.error("--batch, --rounds: expected 1 or more; --seconds: 0 or more")
+    return options
+
+
+def measure(
+    options: argparse.Namespace, entries: Sequence[Entry], cpus: set[int], scratch: Path
+) -> tuple[str, dict[str, Any]]:
+    """Everything: the table and the JSON document."""
+    sys.path.insert(0, str(HERE.parent))
+    from trainer.bench_step import count_step_bytes, count_step_flops
+    from trainer.recipe import RECIPES
+
+    paper = RECIPES["paper"]
+    job = {
+        "batch": options.batch,
+        "classes": NUM_CLASSES,
+        "workers": options.workers,
+        "flops": count_step_flops(paper, NUM_CLASSES),
+        "bytes": count_step_bytes(paper, options.batch, NUM_CLASSES),
+        "paths": [str(HERE.parent)],
+    }
+    rows = {entry.name: Row(entry) for entry in entries}
+    children: dict[str, Child] = {}
+    pythons = [Path(sys.executable), *map(Path, options.python)]
+    with closing_all(children):
+        for name, row in rows.items():
+            say(f"{name}: start, warm up")
+            order = pythons if row.entry.kind == "ours" else pythons[::-1]
+            child = start_child(row, order, SCRIPT, job, cpus, scratch)
+            if child is None:
+                say(f"{name}: {row.state}")
+                continue
+            children[name] = child
+            try:
+                row.extra.update(child.ask("look"))
+                child.ask("run", seconds=0)
+            except Failed as error:
+                row.state = f"failed: {error}"
+                say(f"{name}: {row.state}")
+                children.pop(name).close()  # its memory is wanted
+        foreign = alternate(
+            children,
+            rows,
+            num_rounds=options.rounds,
+            arguments={"seconds": options.seconds},
+            on_turn=lambda number, name, rate: say(f"round {number + 1}/{options.rounds} {name}: {rate:.1f} images/s"),
+        )
+        for name, child in children.items():
+            if rows[name].state == "ok":
+                rows[name].extra["lrn_s"] = child.ask("lrn_s")
+    pairs = {
+        f"{left} / {right}": compare(rows[left].rates, rows[right].rates)
+        for left, right in PAIRS
+        if left in rows and right in rows and rows[left].rates and rows[right].rates
+    }
+    notes = [
+        "Of rounds, median (min to max): "
+        + "; ".join(f"{name} {p['median']:.2f} ({p['min']:.2f} to {p['max']:.2f})" for name, p in pairs.items())
+        + "."
+    ] * bool(pairs)
+    found = rows["torchvision"].extra.get("note") if "torchvision" in rows else None
+    notes += [f"torchvision's network: {found}."] * bool(found)
+    text, document = report(
+        "Training steps",
+        list(rows.values()),
+        base="usual" if "usual" in rows else None,
+        machine=describe_machine(cpus),
+        settings={
+            "batch": options.batch,
+            "seconds a turn": options.seconds,
+            "cores": options.workers,
+            "operations an image": f"{job['flops'] / 1e9:.2f} G",
+            "bytes an image": f"{job['bytes'] / 1e6:.1f} MB",
+        },
+        foreign=foreign,
+        columns={
+            "parameters": lambda row: f"{row.extra['num_parameters']:,}" if row.extra.get("num_parameters") else "",
+            "ReLU and LRN, % of the step": lambda row: show_lrn(row, options.batch),
+        },
+        notes=notes,
+    )
+    document["pairs"] = pairs
+    return text, document
+
+
+def show_lrn(row: Row, batch: int) -> str:
+    """The normalisations alone, with the ReLU before them, over the median step."""
+    if not row.extra.get("lrn_s") or not row.rates:
+        return ""
+    step_s = batch / sorted(row.rates)[len(row.rates) // 2]
+    row.extra["lrn_fraction"] = row.extra["lrn_s"] / step_s
+    return f"{100 * row.extra['lrn_fraction']:.1f}"
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()
