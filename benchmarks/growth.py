@@ -208,7 +208,7 @@ def measure_command(samples: int, width: float, shards: str, stop: bool) -> dict
     started = float(os.environ["GROWTH_STARTED"])
     with tempfile.TemporaryDirectory() as runs:
         sys.argv = ["alexnet-train", "--shards", shards, "--runs", runs, "--gpus", "0", "--epochs", "2"]
-        sys.argv += ["--set", f"width={width}", "--global-batch-size", "64"]
+        sys.argv += ["--set", f"width={width}", "--set", "schedule=cosine", "--global-batch-size", "64"]
         with contextlib.suppress(SystemExit, KeyboardInterrupt):
             cli.train()
     steps = [mark for mark in marks if mark[0] == "step"]

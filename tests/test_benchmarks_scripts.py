@@ -181,13 +181,74 @@ def test_the_place_flip_and_shift_of_a_crop_are_found_again(scripts):
     assert find_crop(other, stored).error > 2 * LARGEST_ERROR
 
 
+@pytest.mark.slow
+def test_steps_are_timed_beside_the_usual_way_and_the_limits(tmp_path):
+    report = tmp_path / "step.json"
+    text = run_script(
+        "step.py", "--batch", 2, "--rounds", 2, "--seconds", 0, "--workers", 1, "--only", "ours,usual,limit-products",
+        "--json", report,
+    )  # fmt: skip
+    document = json.loads(report.read_text(encoding="utf-8"))
+    rows = {row["name"]: row for row in document["contestants"]}
+    assert all(row["state"] == "ok" and row["images_per_s"]["n"] == 2 for row in rows.values())
+    assert rows["ours"]["num_parameters"] == rows["usual"]["num_parameters"] == 60_965_224
+    assert 0 < rows["ours"]["lrn_fraction"] < 1 and "lrn_fraction" not in rows["limit-products"]
+    assert document["base"] == "usual" and set(document["pairs"]) == {"ours / usual", "ours / limit-products"}
+    assert "| usual: the usual reproduction" in text
+
+
+def test_the_peers_networks_are_ours_with_the_same_weights(scripts):
+    import torch
+    from peers_step import count, torchvision_net, usual_net
+
+    from trainer.model import AlexNet
+    from trainer.recipe import RECIPES, override
+
+    across = override(RECIPES["paper"], ["lrn_across_towers=true", "lrn_alpha_over_n=true", "conv1_pad=both"])
+    for net, recipe in ((usual_net(10, groups=2), across), (torchvision_net(10)[0], RECIPES["owt"])):
+        ours = AlexNet(recipe, 10).eval()
+        layers = [layer for layer in net.modules() if isinstance(layer, torch.nn.Conv2d | torch.nn.Linear)]
+        for mine, theirs in zip(ours.children(), layers, strict=True):
+            mine.load_state_dict(theirs.state_dict())
+        images = torch.randn(2, 3, 224, 224)
+        with torch.no_grad():
+            torch.testing.assert_close(ours(images), net.eval()(images), rtol=1e-4, atol=1e-5)
+    assert count(usual_net(1000, groups=1)) == 62_378_344
+
+
+@pytest.mark.slow
+def test_growth_is_measured_in_every_part(tmp_path):
+    report = tmp_path / "growth.json"
+    run_script(
+        "growth.py", "--quick", "--samples", "1e3,6e3", "--classes", "10", "--ranks", "1,2", "--scratch", tmp_path,
+        "--json", report,
+    )  # fmt: skip
+    document = json.loads(report.read_text(encoding="utf-8"))
+    assert [row["samples"] for row in document["samples"]] == [1000, 6000]
+    assert [row["world_size"] for row in document["ranks"]] == [1, 2]
+    assert document["classes"][0]["parameters"] > 0
+    (start,), (epochs,) = document["start"], document["epochs"]
+    assert start["to_first_step_s"] > 0 and start["memory_mib"] > 0
+    assert 0 < epochs["step_s"] < epochs["epoch_s"] and epochs["evaluate_s"] > 0 and epochs["save_s"] > 0
+    assert not list(tmp_path.glob("growth-*"))
+
+
 def test_kinds_are_known_and_every_entry_has_a_way(scripts):
     import feed
     import peers_feed
     import peers_prepare
+    import peers_step
     import prepare
+    import step
 
     assert sorted(entry.name for entry in prepare.ENTRIES) == sorted(peers_prepare.WAYS)
     assert sorted(entry.name for entry in feed.ENTRIES) == sorted(peers_feed.WAYS)
-    assert {entry.kind for entry in (*prepare.ENTRIES, *feed.ENTRIES)} == {"ours", "peer", "control", "limit"}
+    assert sorted(entry.name for entry in step.ENTRIES) == sorted(peers_step.WAYS)
+    assert {name for pair in step.PAIRS for name in pair} <= {entry.name for entry in step.ENTRIES}
+    assert {entry.kind for entry in (*prepare.ENTRIES, *feed.ENTRIES, *step.ENTRIES)} == {
+        "ours",
+        "peer",
+        "control",
+        "limit",
+    }
     assert {name for pair in feed.PAIRS for name in pair} <= {entry.name for entry in feed.ENTRIES}

@@ -335,3 +335,15 @@ def test_two_ranks_report_their_sum_once(ready_shards, tmp_path):
     for rate in (result, result["loader"], result["step"], result["limit"]):
         check_rate(rate)
     assert result["num_images"] % 4 == 0  # two of each rank a step
+
+
+def test_the_bytes_of_a_step_are_those_counted_by_hand() -> None:
+    paper = RECIPES["paper"]
+    weights = 4 * 8 * 60_965_224
+    assert bench_step.count_step_bytes(paper, 1) - bench_step.count_step_bytes(paper, 2) == pytest.approx(weights / 2)
+    ins = [3 * 227**2, 96 * 27**2, 256 * 13**2, 384 * 13**2, 384 * 13**2, 9216, 4096, 4096]
+    outs = [96 * 55**2, 256 * 27**2, 384 * 13**2, 384 * 13**2, 256 * 13**2, 4096, 4096, 1000]
+    layers = 2 * ins[0] + 3 * sum(ins[1:]) + 3 * sum(outs)
+    pooled = outs[0] + outs[1] + outs[4]
+    maps = layers + 5 * sum(outs[:-1]) + 2 * pooled + 1.5 * pooled
+    assert bench_step.count_step_bytes(paper, 10**9) == pytest.approx(4 * maps, rel=1e-5)

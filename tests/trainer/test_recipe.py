@@ -85,11 +85,20 @@ def test_recipes_are_known_by_their_names() -> None:
     assert {"paper", "original", "small", "demo"} <= set(RECIPES)
 
 
-@pytest.mark.parametrize("name", ["small", "demo", "owt"])
+@pytest.mark.parametrize("name", ["small", "demo", "owt", "fast"])
 def test_recipes_on_unit_variance_do_not_take_the_papers_initial_weights(name: str) -> None:
     """The commonest failure: 0.01 weights on unit-variance input stay at ln(classes)."""
     assert RECIPES[name].unit_variance
     assert RECIPES[name].init == "he"
+
+
+def test_fast_is_the_papers_network_at_full_size_in_large_batches() -> None:
+    fast = RECIPES["fast"]
+    network = ("width", "maps", "num_towers", "activation", "lrn", "lrn_n", "lrn_k", "overlapping_pool", "dropout")
+    assert all(getattr(fast, field) == getattr(PAPER, field) for field in network)
+    assert fast.global_batch_size == 1024 and fast.epochs < PAPER.epochs
+    assert fast.lr == pytest.approx(0.01 * fast.global_batch_size / 256)
+    assert fast.schedule == "cosine" and fast.warmup_epochs > 0 and fast.precision == "auto"
 
 
 def test_a_recipe_cannot_be_changed() -> None:
