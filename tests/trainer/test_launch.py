@@ -127,6 +127,7 @@ def test_the_rank_that_raises_shows_its_traceback_once_and_takes_the_job_down(pr
     assert "elastic" not in errors and "Root Cause" not in errors, errors
 
 
+@pytest.mark.slow
 def test_a_users_error_in_a_rank_is_one_line(program):
     process = start(program, "user", "--max-restarts", 3)
     wait_for(process, "all have met")
@@ -143,6 +144,7 @@ def test_a_rank_that_is_killed_is_named_with_the_signal(program):
     assert "Traceback" not in errors
 
 
+@pytest.mark.slow
 def test_a_rank_that_neither_fails_nor_hears_signals_is_ended_with_the_job(program):
     process = start(program, "stuck")
     wait_for(process, "all have met")
@@ -150,6 +152,7 @@ def test_a_rank_that_neither_fails_nor_hears_signals_is_ended_with_the_job(progr
     assert "error: rank 1 failed: ValueError" in errors
 
 
+@pytest.mark.slow
 def test_a_job_whose_rank_died_is_started_again_when_asked(program):
     process = start(program, "once", "--max-restarts", 2)
     wait_for(process, "all have met")
@@ -157,6 +160,7 @@ def test_a_job_whose_rank_died_is_started_again_when_asked(program):
     assert "restarted as 1" in out and "rank 1 failed: restart 1 of 2, from the last checkpoint" in errors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_to_the_launcher_lets_every_rank_save(program, number, status):
     process = start(program, "signal")
@@ -183,6 +187,7 @@ def test_a_port_in_use_is_told_with_the_remedy(program):
     assert f"127.0.0.1:{port}: the port is in use; choose another with MASTER_PORT" in errors.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_ranks_with_different_code_are_told_apart(program, tmp_path):
     copy = tmp_path / "elsewhere"
     copy.mkdir()
@@ -204,6 +209,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+@pytest.mark.slow
 def test_two_nodes_on_loopback_under_torchrun_meet_and_fail_together(program):
     words = ["-m", "torch.distributed.run", "--nnodes", 2, "--nproc-per-node", 1, "--rdzv-backend", "c10d"]
     words += ["--rdzv-endpoint", f"127.0.0.1:{free_port()}", "--rdzv-id", "two-nodes", program, "raise"]
@@ -213,6 +219,7 @@ def test_two_nodes_on_loopback_under_torchrun_meet_and_fail_together(program):
     assert "".join(errors for _, errors in said).count("error: rank 1 failed: ValueError: this rank fails") == 1
 
 
+@pytest.mark.slow
 def test_two_tasks_of_a_step_of_slurm_meet(program):
     port = str(free_port())
     step = {
