@@ -3,10 +3,11 @@
     python benchmarks/gpu.py shards --json gpu.json                  # on a machine with a GPU: about 15 minutes
     python benchmarks/gpu.py shards --device cpu --quick             # the same calls on the CPU, at a small size
 
-Four parts: `check` takes batches of every way of decoding and compares them with the CPU's (samples and draws must be
+Five parts: `check` takes batches of every way of decoding and compares them with the CPU's (samples and draws must be
 the same, pixels may differ by what the decoders differ); `feed` times every way with nobody consuming; `train` times
 the step on data that lies on the device, and with each way feeding it; `cost` sets the time of a step's own kernels
-beside that of the same step while batches are decoded and finished, from the device's clock. The decision that shaped
+beside that of the same step while batches are decoded and finished, from the device's clock; `step` times the step
+on data that lies on the device in both precisions, with normalisation and without. The decision that shaped
 it: everything a part compares is measured in alternated rounds of one process. Left out: other loaders (feed.py).
 """
 
@@ -29,13 +30,13 @@ from pipeline.loader import TrainLoader
 from pipeline.shardset import ShardSet
 from trainer.bench import Rate, alternate, gpu_memory_bytes
 from trainer.bench_feed import endless, loader_task
-from trainer.bench_step import Trainee, make_batch, step_task, train_task
+from trainer.bench_step import Trainee, count_step_flops, make_batch, product_task, step_task, train_task
 from trainer.distributed import Ranks
 from trainer.environment import environment
 from trainer.recipe import RECIPES, Recipe, override
 
 Options = dict[str, Any]
-PARTS = ("check", "feed", "train", "cost")
+PARTS = ("check", "feed", "train", "cost", "step")
 LARGEST_MEAN_DIFFERENCE_GREY = 1.5  # between two JPEG decoders; another crop is 10 and more
 WAYS: dict[str, Options] = {
     "mixed": {"decode": "mixed"},
@@ -81,9 +82,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=20.0, help="of each row, all rounds together")
     parser.add_argument("--quick", action="store_true", help="a narrow net, short rounds: to see that it runs")
-    parser.add_argument(
-        "--parts", type=lambda text: text.split(","), default=list(PARTS), help="of check,feed,train,cost"
-    )
+    parser.add_argument("--parts", type=lambda text: text.split(","), default=list(PARTS), help=f"of {','.join(PARTS)}")
     parser.add_argument("--json", type=Path, help="write everything to this file")
     options = parser.parse_args()
     unknown = sorted(set(options.parts) - set(PARTS))
@@ -232,6 +231,41 @@ class Bench:
             f"What feeding costs the steps of {self.where}",
             ["fed by", "step, ms", "more than alone, %"],
             [[row["way"], f"{row['step_ms']:.2f}", f"{row['cost_percent']:+.1f}"] for row in rows],
+        )
+        return rows
+
+    def step(self) -> list[dict[str, Any]]:
+        """The step alone by precision, what of it is normalisation, and what of large products' rate it reaches."""
+        ways = {f"{p}{'' if lrn else ', no LRN'}": (p, lrn) for p in ("float32", "bf16") for lrn in (True, False)}
+        tasks, flops = {}, {}
+        for name, (precision, lrn) in ways.items():
+            recipe = replace(self.recipe, precision=precision, lrn=lrn)
+            trainee = Trainee(recipe, self.jpeg.num_classes, self.ranks)
+            tasks[name] = step_task(trainee, make_batch(trainee, self.jpeg.num_classes))
+            flops[name], tasks[f"products, {precision}"] = product_task(self.ranks, trainee.dtype)
+        rates = self.alternate(tasks)
+        rows = self.describe({name: rates[name] for name in ways})
+        for row in rows:
+            precision, _ = ways[row["way"]]
+            without = rates[f"{precision}, no LRN"]
+            row["lrn_percent"] = 100 * (1 - rates[row["way"]].ratio_to(without))
+            products = rates[f"products, {precision}"].per_s * flops[row["way"]]
+            row["products_tflops"] = products / 1e12
+            per_image = count_step_flops(self.recipe, self.jpeg.num_classes)
+            row["of_products_percent"] = 100 * row["images_per_s"] * per_image / products
+        print_table(
+            f"The step alone on {self.where}, {self.recipe.name}, batch {self.recipe.global_batch_size}",
+            ["precision", "images/s", "LRN, % of the step", "of large products, %", "products, TFLOP/s"],
+            [
+                [
+                    row["way"],
+                    f"{row['images_per_s']:,.0f}",
+                    f"{row['lrn_percent']:.1f}",
+                    f"{row['of_products_percent']:.0f}",
+                    f"{row['products_tflops']:.1f}",
+                ]
+                for row in rows
+            ],
         )
         return rows
 

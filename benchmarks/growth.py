@@ -5,8 +5,9 @@
 
 Every line is a process of its own. Shards are one real tar of up to 5,000 samples (flat 256x256 pictures) under as many
 names as it takes, as links, with an index each: what is read at the start (manifest, indices) has its full size, what
-is read later does not exist twice. The decision that shaped it: the time to the first step is taken in the real
-command, from the moment it is started. Left out: throughput (feed.py, step.py), real ranks (`alexnet-bench`).
+is read later does not exist twice. cpu_s is processor time, which other work on the machine hardly changes. The
+decision that shaped it: the time to the first step is taken in the real command, from the moment it is started. Left
+out: throughput (feed.py, step.py), real ranks (`alexnet-bench`).
 """
 
 import argparse
@@ -132,7 +133,7 @@ def measure_loader(samples: int, world_size: int, shards: str) -> dict[str, Any]
     begun = time.perf_counter()
     from pipeline import ColorStats, ShardSet, TrainLoader
 
-    imported, before = time.perf_counter(), memory_mib()
+    imported, before, cpu_s = time.perf_counter(), memory_mib(), -time.process_time()
     opened = ShardSet.open(shards)
     colors = ColorStats.load(opened.root, opened.fingerprint)
     checked = time.perf_counter()
@@ -143,12 +144,13 @@ def measure_loader(samples: int, world_size: int, shards: str) -> dict[str, Any]
     batches = iter(loader)
     next(batches)
     first = time.perf_counter()
-    next(batches)
+    cpu_s += time.process_time()  # of all that follows the imports: on a busy machine, the figure to trust
     return {
         "import_s": imported - begun,
         "open_s": checked - imported,
         "build_s": built - checked,
         "first_batch_s": first - built,
+        "cpu_s": cpu_s,
         "memory_mib": memory_mib() - before,
     }
 
@@ -186,12 +188,14 @@ def measure_command(samples: int, width: float, shards: str, stop: bool) -> dict
     from trainer import cli
 
     marks: list[tuple[str, float, float]] = []
+    cpu_s: list[float] = []
 
     def watch(owner: Any, name: str, kind: str) -> None:
         original: Callable[..., Any] = getattr(owner, name)
 
         def watched(*arguments: Any, **options: Any) -> Any:
             begun = time.time()
+            cpu_s.append(time.process_time())
             result = original(*arguments, **options)
             marks.append((kind, begun, time.time()))
             if stop and kind == "step":
@@ -212,7 +216,7 @@ def measure_command(samples: int, width: float, shards: str, stop: bool) -> dict
         with contextlib.suppress(SystemExit, KeyboardInterrupt):
             cli.train()
     steps = [mark for mark in marks if mark[0] == "step"]
-    first = {"to_first_step_s": steps[0][1] - started, "first_step_s": steps[0][2] - steps[0][1]}
+    first = {"to_first_step_s": steps[0][1] - started, "first_step_s": steps[0][2] - steps[0][1], "cpu_s": cpu_s[0]}
     if stop:
         return {**first, "memory_mib": memory_mib()}
     per_epoch = samples // 64

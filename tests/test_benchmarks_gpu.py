@@ -60,6 +60,9 @@ def test_every_part_runs_on_the_cpu_and_its_batches_are_the_cpus(ready_shards, t
     for row in [*document["feed"], *document["train"], *document["cost"]]:
         assert 0 < row["lowest"] <= row["images_per_s"] <= row["highest"]
     assert all(row["step_ms"] > 0 for row in document["cost"]) and document["cost"][0]["cost_percent"] == 0
+    assert [row["way"] for row in document["step"]] == ["float32", "float32, no LRN", "bf16", "bf16, no LRN"]
+    assert [row["lrn_percent"] == 0 for row in document["step"]] == [False, True, False, True]
+    assert all(row["of_products_percent"] > 0 for row in document["step"])
     assert "the CPU (standing in)" in shown and document["environment"]["dali"]
 
 
