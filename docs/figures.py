@@ -154,10 +154,11 @@ def run_numbers(
     for images, labels in eval_loader(model, shards, colors, "train"):
         sums += count_errors(model(images), labels)
     count, loss, wrong, _ = sums.tolist()
+    logged = {field: dict(zip(*training_error(metrics, field), strict=True)) for field in ("top1_error", "loss")}
     return {
         "epochs": last["epoch"],
-        "training_error_with_noise": training_error(metrics)[1][-1],
-        "training_loss_with_noise": training_error(metrics, "loss")[1][-1],
+        "training_error_with_noise": logged["top1_error"][last["epoch"]],  # a later epoch may be under way
+        "training_loss_with_noise": logged["loss"][last["epoch"]],
         "training_error": 100 * wrong / count,
         "training_loss": loss / count,
         "validation_error": last["top1_error"],

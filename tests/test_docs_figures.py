@@ -46,6 +46,17 @@ def runs(ready_shards, tmp_path_factory):
                           lr=0.01, images_per_s=1.0, data_wait_fraction=0.0, time_s=1.0)  # fmt: skip
                 log.eval(step=4 * epoch, epoch=epoch, crops="centre", num_images=24, loss=1.0 + epoch,
                          top1_error=60.0, top5_error=0.0)  # fmt: skip
+            log.train(
+                step=10,
+                epoch=3,
+                loss=9.0,
+                top1_error=99.0,
+                top5_error=0.0,
+                lr=0.01,
+                images_per_s=1.0,
+                data_wait_fraction=0.0,
+                time_s=1.0,
+            )  # fmt: skip - an epoch under way: not yet evaluated
         state = {"recipe": to_dict(recipe), "num_classes": 4, "shards_fingerprint": shards.fingerprint}
         checkpoint.save(run / CHECKPOINTS / LAST, {**state, "model": AlexNet.from_recipe(recipe, 4).state_dict()})
         made.append(run)
