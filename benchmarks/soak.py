@@ -62,9 +62,7 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Resident memory while batches are taken, and its slope."
-    )
+    parser = argparse.ArgumentParser(description="Resident memory while batches are taken, and its slope.")
     parser.add_argument("shards", help="folder of shards, with color.json")
     parser.add_argument("--minutes", type=float, default=30.0)
     parser.add_argument("--interval-s", type=float, default=5.0, help="between two readings")

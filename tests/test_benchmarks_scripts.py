@@ -252,3 +252,32 @@ def test_kinds_are_known_and_every_entry_has_a_way(scripts):
         "limit",
     }
     assert {name for pair in feed.PAIRS for name in pair} <= {entry.name for entry in feed.ENTRIES}
+
+
+def test_a_slope_is_that_of_the_later_readings_and_the_error_covers_noise(scripts):
+    import soak
+
+    times_s = [10.0 * n for n in range(400)]
+    grown = [500 + 36 * t / 3600 + (300 if n < 90 else 0) for n, t in enumerate(times_s)]  # a start that is left out
+    slope, error = soak.fit_slope(times_s, grown)
+    assert slope == pytest.approx(36) and error == pytest.approx(0, abs=1e-6)
+    noise = np.random.default_rng(1).normal(0, 5, 400)
+    slope, error = soak.fit_slope(times_s, [500 + one for one in noise])
+    assert abs(slope) < 2 * error and 0 < error < 10
+
+
+@pytest.mark.parametrize(("limit", "status"), [(1e9, 0), (-1e9, 1)])
+def test_a_soak_says_what_it_held_and_fails_above_its_limit(ready_shards, limit, status):
+    done = subprocess.run(
+        [
+            *(sys.executable, str(ROOT / "benchmarks" / "soak.py"), str(ready_shards), "--minutes", "0.03"),
+            *("--interval-s", "0.1", "--batch", "8", "--limit-mib", str(limit)),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+    )
+    assert done.returncode == status, done.stderr
+    assert "epochs in 0.0 min on cpu, decode host: resident memory" in done.stdout
+    assert ("memory or the number of open files grows" in done.stderr) == (status == 1)

@@ -6,7 +6,7 @@ on; the table is a view of it. Left out: flags (cli_bench.py), the table (bench_
 
 import statistics
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from trainer.bench_table import show
 from trainer.diagnosis import Readings, diagnose
 from trainer.distributed import Ranks, gather, join
 from trainer.environment import environment
-from trainer.feed import make_train_loader
+from trainer.feed import Feeding, make_train_loader
 from trainer.recipe import Recipe
 from trainer.usage import count_cores, list_tree, memory_bytes
 
@@ -43,6 +43,7 @@ class BenchJob:
     duration_s: float
     num_rounds: int
     as_json: bool
+    feeding: Feeding = field(default_factory=Feeding)
 
 
 def run_rank(job: BenchJob) -> int:
@@ -172,7 +173,8 @@ def _open_loader(job: BenchJob, ranks: Ranks) -> tuple[TrainLoader, ShardSet]:
     assert job.shards is not None  # the command sees to it
     shards = ShardSet.open(job.shards)
     colors = ColorStats.load(shards.root, shards.fingerprint)
-    return make_train_loader(shards, colors, job.recipe, ranks, num_threads=job.num_threads), shards
+    loader = make_train_loader(shards, colors, job.recipe, ranks, num_threads=job.num_threads, feeding=job.feeding)
+    return loader, shards
 
 
 def _make_limit(shards: ShardSet, ranks: Ranks) -> tuple[str, Task, dict[str, Any]]:

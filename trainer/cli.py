@@ -44,7 +44,7 @@ def _add_common_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
-def _add_feed_options(function: Callable[..., Any]) -> Callable[..., Any]:
+def add_feed_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Where images are decoded and kept: all None unless given, so that a resumed run keeps its own."""
     decode = click.option("--decode", type=click.Choice(["auto", "host", "mixed", "hybrid"]), show_default="auto",
                           help="Decode JPEGs on the host's cores, on the GPU (mixed) or on both (hybrid); auto: hybrid "
@@ -62,9 +62,15 @@ def _add_feed_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
+def choose_feeding(**given: Any) -> dict[str, Any]:
+    """Arguments of feed.Feeding from those flags that were given."""
+    values = {name: value for name, value in given.items() if value is not None}
+    return values | ({"cache": None} if values.get("cache") == "none" else {})
+
+
 @click.command(cls=console.Command, context_settings=_SETTINGS)
 @_add_common_options
-@_add_feed_options
+@add_feed_options
 @add_rank_options
 @click.option("--recipe", "recipe_name", type=click.Choice(list(RECIPES)), show_default="paper",
               help="Network, data and optimisation as one name.")  # fmt: skip
@@ -151,11 +157,10 @@ def _train(
     from trainer.launch import launch, run_as_rank
     from trainer.train import Job, run_rank
 
-    fed = {"decode": decode, "host_share": host_share, "hw_decoder_load": hw_decoder_load,
-           "prefetch_batches": prefetch_batches}  # fmt: skip
-    feeding |= {name: value for name, value in fed.items() if value is not None}
-    if cache is not None:
-        feeding["cache"] = None if cache == "none" else cache
+    feeding |= choose_feeding(
+        decode=decode, host_share=host_share, hw_decoder_load=hw_decoder_load, prefetch_batches=prefetch_batches,
+        cache=cache,
+    )  # fmt: skip
 
     num_ranks, use_gpu = choose_devices(num_gpus)
     world_size = count_ranks(num_ranks)

@@ -5,13 +5,13 @@ bench_run.py.
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from pipeline import console
 from pipeline.errors import UserError
-from trainer.cli import _SETTINGS
+from trainer.cli import _SETTINGS, add_feed_options, choose_feeding
 from trainer.cli_ranks import check_divisible, choose_devices, count_ranks
 from trainer.recipe import RECIPES, override
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
               help="Number of GPUs; 0 computes on the CPU.")  # fmt: skip
 @click.option("--threads", "num_threads", type=click.IntRange(min=1), show_default="one per CPU",
               help="Decoding threads of each rank.")  # fmt: skip
+@add_feed_options
 @click.option("--global-batch-size", type=click.IntRange(min=1), show_default="the recipe's",
               help="Images a step, summed over ranks.")  # fmt: skip
 @click.option("--seconds", "duration_s", default=10.0, type=click.FloatRange(min=0.1),
@@ -48,6 +49,7 @@ def command(
     num_rounds: int,
     settings: tuple[str, ...],
     as_json: bool,
+    **given: Any,
 ) -> int:
     """Measure WHAT limits training, each rate beside the limit of this machine.
 
@@ -64,6 +66,7 @@ def command(
     opened = _open_shards(folder) if folder else None
     from trainer.bench_run import BenchJob, fit_batch, run_rank
     from trainer.distributed import under_launcher
+    from trainer.feed import Feeding
     from trainer.launch import launch, run_as_rank
 
     num_ranks, use_gpu = choose_devices(num_gpus)
@@ -77,7 +80,8 @@ def command(
             )
         recipe = fitted
     check_divisible(recipe, world_size)
-    job = BenchJob(what, recipe, folder, use_gpu, num_threads, duration_s, num_rounds, as_json)
+    feeding = Feeding(**choose_feeding(**given))
+    job = BenchJob(what, recipe, folder, use_gpu, num_threads, duration_s, num_rounds, as_json, feeding)
     if under_launcher():
         return run_as_rank(run_rank, job)
     return launch(run_rank, (job,), num_ranks) if num_ranks > 1 else run_rank(job)

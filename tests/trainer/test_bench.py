@@ -271,6 +271,11 @@ def test_loader_reports_its_rate_beside_decoding_alone(ready_shards):
     assert result["num_images"] % 4 == 0 and result["ratio"] > 0
 
 
+@pytest.mark.parametrize(("flags", "decode"), [(["--decode", "mixed"], "mixed"), (["--cache", "raw"], "stored")])
+def test_loader_is_measured_as_the_feeding_flags_say(ready_shards, flags, decode):
+    assert run_json("loader", "--shards", ready_shards, *NARROW_FLAGS, *flags)["decode"] == decode
+
+
 def test_step_needs_no_shards_and_its_operations_agree_with_its_rate():
     result = run_json("step", *NARROW_FLAGS)
     check_surroundings(result)

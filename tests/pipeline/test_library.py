@@ -1,0 +1,78 @@
+"""The loader in somebody else's loop: the program of docs/library.md, with torchvision's ResNet-50 rebuilt small."""
+
+import re
+import textwrap
+from pathlib import Path
+
+import torch
+from torch import nn
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "library.md"
+
+
+class Bottleneck(nn.Module):
+    """A block of He et al. 2015 in the layout of torchvision's ResNet-50."""
+
+    def __init__(self, num_in: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(num_in, width, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(),
+            nn.Conv2d(width, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(),
+            nn.Conv2d(width, 4 * width, 1, bias=False), nn.BatchNorm2d(4 * width),
+        )  # fmt: skip
+        self.shortcut = nn.Sequential(nn.Conv2d(num_in, 4 * width, 1, stride, bias=False), nn.BatchNorm2d(4 * width))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(self.body(x) + self.shortcut(x))
+
+
+def make_net(num_classes: int) -> nn.Module:
+    # At half of these widths torch 2.13 crashes in its backward pass on the CPU, with any channels-last input.
+    stem = [nn.Conv2d(3, 16, 7, 2, 3, bias=False), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(3, 2, 1)]
+    blocks = [Bottleneck(16, 8, 2), Bottleneck(32, 16, 2)]
+    return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, num_classes))
+
+
+def read_program(number: int) -> str:
+    """The indented block `number` of the document."""
+    blocks = re.findall(r"(?:^(?:    .*|)\n)+", DOCUMENT.read_text(encoding="utf-8"), re.MULTILINE)
+    found = [block for block in blocks if block.strip()]
+    return textwrap.dedent(found[number])
+
+
+def test_the_documents_loop_trains_and_evaluates_a_net_that_is_not_ours(ready_shards, capsys):
+    program = read_program(0)
+    for written, here in {
+        "from torchvision.models import resnet50\n": "",
+        "resnet50(num_classes=shards.num_classes)": "make_net(shards.num_classes)",
+        '"shards"': repr(str(ready_shards)),
+        '"gpu"': '"cpu"',
+        ".cuda()": "",
+        "range(90)": "range(2)",
+        "global_batch_size=256": "global_batch_size=8",
+    }.items():
+        assert written in program, written
+        program = program.replace(written, here)
+    torch.manual_seed(0)
+    names = {"make_net": make_net}
+    exec(compile(program, str(DOCUMENT), "exec"), names)
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 2 and all(re.fullmatch(r"epoch \d: top-1 error \d+\.\d %", line) for line in printed)
+    assert names["num_right"] <= 24 and names["num_seen"] == 24  # every validation image once
+
+
+def test_the_documents_resuming_goes_on_where_it_was(ready_shards, tmp_path, monkeypatch):
+    from pipeline import ColorStats, ShardSet, TrainLoader
+
+    shards = ShardSet.open(ready_shards)
+    colors = ColorStats.load(ready_shards, shards.fingerprint)
+    monkeypatch.chdir(tmp_path)
+    loader, fresh = (TrainLoader(shards, colors, global_batch_size=8) for _ in range(2))
+    batches = iter(loader)
+    for _ in range(3):
+        next(batches)
+    save, load = read_program(1).strip().split("\n\n")
+    exec(compile(save, str(DOCUMENT), "exec"), {"torch": torch, "loader": loader})
+    exec(compile(load, str(DOCUMENT), "exec"), {"torch": torch, "loader": fresh})
+    assert fresh.step == 3
+    assert all(torch.equal(one.images, other.images) for one, other in zip(batches, fresh, strict=True))
