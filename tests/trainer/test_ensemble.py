@@ -16,8 +16,9 @@ from pipeline.shardset import ShardSet
 from tests import oracle
 from tests.trainer.nets import DEMO, PAPER, make_run
 from trainer.cli_nets import evaluate as command
-from trainer.distributed import Ranks, launch
+from trainer.distributed import Ranks
 from trainer.ensemble import Job, check_belongs, evaluate_nets, read_sources, run_rank, summarise
+from trainer.launch import launch
 from trainer.model import AlexNet
 from trainer.tables import list_errors
 from trainer.weights import load_run
