@@ -145,7 +145,7 @@ def measure(
         )
         for name, child in children.items():
             if rows[name].state == "ok":
-                rows[name].extra["lrn_s"] = child.ask("lrn_s")
+                note_lrn(rows[name], child.ask("lrn_s"), options.batch)
     pairs = {
         f"{left} / {right}": compare(rows[left].rates, rows[right].rates)
         for left, right in PAIRS
@@ -173,7 +173,9 @@ def measure(
         foreign=foreign,
         columns={
             "parameters": lambda row: f"{row.extra['num_parameters']:,}" if row.extra.get("num_parameters") else "",
-            "ReLU and LRN, % of the step": lambda row: show_lrn(row, options.batch),
+            "ReLU and LRN, % of the step": lambda row: (
+                f"{100 * row.extra['lrn_fraction']:.1f}" if "lrn_fraction" in row.extra else ""
+            ),
         },
         notes=notes,
     )
@@ -181,13 +183,11 @@ def measure(
     return text, document
 
 
-def show_lrn(row: Row, batch: int) -> str:
-    """The normalisations alone, with the ReLU before them, over the median step."""
-    if not row.extra.get("lrn_s") or not row.rates:
-        return ""
-    step_s = batch / sorted(row.rates)[len(row.rates) // 2]
-    row.extra["lrn_fraction"] = row.extra["lrn_s"] / step_s
-    return f"{100 * row.extra['lrn_fraction']:.1f}"
+def note_lrn(row: Row, lrn_s: float | None, batch: int) -> None:
+    """The normalisations alone, with the ReLU before them, in seconds and as a fraction of the median step."""
+    if lrn_s and row.rates:
+        step_s = batch / sorted(row.rates)[len(row.rates) // 2]
+        row.extra |= {"lrn_s": lrn_s, "lrn_fraction": lrn_s / step_s}
 
 
 def say(text: str) -> None:
