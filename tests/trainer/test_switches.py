@@ -1,7 +1,5 @@
 """Each effect the paper reports is switched by one setting, and what is switched is what the setting's name says."""
 
-from functools import partial
-
 import pytest
 import torch
 from torch.nn import functional
@@ -73,7 +71,9 @@ def test_dropout_sets_that_share_of_the_hidden_units_to_zero():
 
 @pytest.mark.parametrize(("setting", "field"), [("crop=false", 0), ("flip=false", 1), ("lighting=none", 2)])
 def test_a_setting_of_the_recipe_switches_its_augmentation_off_in_training(ready_shards, monkeypatch, setting, field):
-    monkeypatch.setattr(feed, "TrainLoader", partial(TrainLoader, with_draws=True))
+    monkeypatch.setattr(
+        feed, "TrainLoader", lambda *given, **named: TrainLoader(*given, **{**named, "with_draws": True})
+    )
     shards = ShardSet.open(ready_shards)
     colors = ColorStats.load(shards.root, shards.fingerprint)
     switched = []
