@@ -37,7 +37,7 @@ class Fault:
 
     path: str
     # An HTTP status of _ERRORS, "cut" (half the body, then the connection closes), "flip" (a byte) or "hold" (no answer
-    # until `released` is set)
+    # until `released` is set; then what `kind` has become meanwhile)
     kind: int | str
     times: int
     method: str = "GET"
@@ -62,7 +62,7 @@ class Switch:
                 fault.times -= 1
         if fault is not None and fault.kind == "hold":
             fault.released.wait()
-            fault = None
+            fault = None if fault.kind == "hold" else fault
         if fault is None:
             return self.application(environ, start_response)
         if isinstance(fault.kind, int):

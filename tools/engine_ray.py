@@ -59,8 +59,8 @@ def run_units_on_ray(
     with `on_gpu`, of the cluster).
 
     `address` is that of a running cluster ("auto": the one this machine belongs to); None starts Ray on this machine
-    for this call. Callbacks are called here; an exception out of them, of a unit, or a signal cancels all tasks and is
-    raised. Raises UserError if Ray is not installed or cannot be reached, or if a worker or its machine dies.
+    for this call. Callbacks are called here; an exception out of them, of a unit, or a signal is raised, and all tasks
+    end. Raises UserError if Ray is not installed or cannot be reached, or if a worker or its machine dies.
     """
     remaining = iter(units)
     first = next(remaining, None)
@@ -82,28 +82,24 @@ def run_units_on_ray(
             for update in _get(ray, mailbox.take.remote(), "the progress of the units"):
                 on_progress(update)
 
-        try:
-            hand_out(first)
-            for unit in remaining:
-                hand_out(unit)
-                if len(at_work) == num_tasks:
+        hand_out(first)
+        for unit in remaining:
+            hand_out(unit)
+            if len(at_work) == num_tasks:
+                break
+        while at_work:
+            finished, _ = ray.wait(list(at_work), timeout=POLL_S)
+            heed_signals()
+            show()
+            for reference in finished:
+                unit = at_work.pop(reference)
+                succeeded, outcome = _get(ray, reference, str(unit))
+                if not succeeded:
+                    raise outcome
+                on_result(outcome)
+                for following in remaining:
+                    hand_out(following)
                     break
-            while at_work:
-                finished, _ = ray.wait(list(at_work), timeout=POLL_S)
-                heed_signals()
-                show()
-                for reference in finished:
-                    unit = at_work.pop(reference)
-                    succeeded, outcome = _get(ray, reference, str(unit))
-                    if not succeeded:
-                        raise outcome
-                    on_result(outcome)
-                    for following in remaining:
-                        hand_out(following)
-                        break
-        finally:
-            for reference in at_work:
-                ray.cancel(reference, force=True)
 
 
 def _get(ray: Any, reference: Any, what: str) -> Any:
@@ -218,7 +214,7 @@ def _connect(address: str | None, num_tasks: int | None, on_gpu: bool) -> Iterat
         with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere):
             yield ray
     finally:
-        ray.shutdown()
+        ray.shutdown()  # and with it our tasks; ray.cancel beside one that is just ending aborts the process
 
 
 def _knock(address: str | None) -> None:

@@ -149,9 +149,10 @@ def test_waiting_for_samples_fetches_their_shards_first(cached, s3_bucket, sampl
 @pytest.mark.s3
 def test_an_error_of_a_shard_not_needed_yet_waits_for_its_turn(cached, s3_bucket):
     first, second = (shard.file for shard in cached.shards("train")[:2])
+    fault = s3_bucket.fail(second, "hold")
     cached.remote.fetcher.wait([first])
-    s3_bucket.fail(second, 403)
-    cached.remote.fetcher.prefer([second])
+    fault.kind = 403
+    fault.released.set()
     assert second in refusal(cached.remote.fetcher.wait, [second])
     cached.remote.fetcher.wait([first])
 
