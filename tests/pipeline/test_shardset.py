@@ -41,10 +41,15 @@ JSON = st.recursive(
 
 
 def parse_or_refuse(raw):
+    """The manifest, or the words of the refusal."""
     try:
-        assert isinstance(Manifest.parse(raw, Path("here")), Manifest)
+        return Manifest.parse(raw, Path("here"))
     except UserError as error:
-        assert str(error).startswith("here: ") and "\n" not in str(error)
+        return str(error)
+
+
+def is_manifest_or_one_line(result):
+    return isinstance(result, Manifest) or (result.startswith("here: ") and "\n" not in result)
 
 
 def make_folder(root: Path) -> Path:
@@ -58,7 +63,7 @@ def make_folder(root: Path) -> Path:
 
 @given(JSON)
 def test_arbitrary_json_is_a_manifest_or_a_user_error(raw):
-    parse_or_refuse(raw)
+    assert is_manifest_or_one_line(parse_or_refuse(raw))
 
 
 def places(value, path=()):
@@ -76,7 +81,7 @@ def test_a_manifest_with_any_value_replaced_is_a_manifest_or_a_user_error(place,
     for key in place[:-1]:
         holder = holder[key]
     holder[place[-1]] = replacement
-    parse_or_refuse(raw)
+    assert is_manifest_or_one_line(parse_or_refuse(raw))
 
 
 @pytest.mark.parametrize("key", GOOD)

@@ -124,7 +124,9 @@ def test_workers_do_not_outlive_a_parent_that_is_killed(tmp_path):
         wait_until(lambda: len(list(tmp_path.glob("*.pid"))) == 2, "two workers at work")
         parent.kill()
     pids = [int(path.stem) for path in tmp_path.glob("*.pid")]
+    assert len(pids) == 2
     wait_until(lambda: not any(is_running(pid) for pid in pids), "end of the workers")
+    assert not any(is_running(pid) for pid in pids)
 
 
 def work_on(folder, report):
