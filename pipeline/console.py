@@ -1,19 +1,22 @@
 """How every command speaks: results on stdout, progress on stderr, one-line errors, exit codes.
 
 The decision that shaped it: commands raise, and `run` alone turns exceptions into words and a status (0 done, 1
-failed, 2 wrong usage, 130 after SIGINT, 143 after SIGTERM). rich and everything heavy is imported on use, so that
-`--help` stays instant. Left out: what the commands say; that is theirs.
+failed, 2 wrong usage, 130 after SIGINT, 143 after SIGTERM), and shows a terminal's cursor again whatever happened.
+rich and everything heavy is imported on use, so that `--help` stays instant. Left out: what the commands say; that is
+theirs.
 """
 
 import errno
 import json
+import math
+import os
 import signal
 import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
 from types import FrameType, TracebackType
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import click
 
@@ -21,8 +24,13 @@ from pipeline.errors import UserError
 
 STATUS_FAILED, STATUS_USAGE, STATUS_SIGINT, STATUS_SIGTERM = 1, 2, 130, 143
 PLAIN_INTERVAL_S = 10.0
+SHOW_CURSOR = "\x1b[?25h"
+
+# How a command speaks of its work: in words on stderr, not at all, or as a JSON object a line on stdout.
+Voice = Literal["words", "quiet", "json"]
 
 _debug = False
+_voice: Voice = "words"
 
 
 class Terminated(BaseException):
@@ -78,7 +86,16 @@ def run(command: click.Command) -> NoReturn:
         what = " ".join(str(error).split())
         hint = "" if _debug else "; --debug shows the traceback"
         status = _complain(f"internal error: {type(error).__name__}: {what}{hint}", STATUS_FAILED)
+    finally:
+        show_cursor()
     sys.exit(status)
+
+
+def show_cursor() -> None:
+    """Undo what a live display does to a terminal; for whoever ends the process, or one of its own, by force."""
+    if not sys.stderr.closed and sys.stderr.isatty() and os.environ.get("TERM", "dumb") != "dumb":
+        sys.stderr.write(SHOW_CURSOR)
+        sys.stderr.flush()
 
 
 def _raise_terminated(_signal: int, _frame: FrameType | None) -> None:
@@ -112,9 +129,32 @@ def say(text: str) -> None:
     click.echo(text)
 
 
+def set_voice(voice: Voice) -> None:
+    """How remarks of this process are made from now on; results and errors are not affected."""
+    global _voice
+    _voice = voice
+
+
 def note(text: str) -> None:
-    """A remark about the work, to stderr."""
+    """A remark about the work, to stderr; with another voice not at all, or as {"kind": "note", "text": ...}."""
+    if _voice == "words":
+        click.echo(text, err=True)
+    elif _voice == "json":
+        print_line({"kind": "note", "text": text})
+
+
+def warn(text: str) -> None:
+    """What must be known with any voice, to stderr."""
     click.echo(text, err=True)
+
+
+def print_line(value: dict[str, Any]) -> None:
+    """A JSON object on a line of its own, to stdout, at once; a number that is not finite as null."""
+    finite = {
+        name: None if isinstance(number, float) and not math.isfinite(number) else number
+        for name, number in value.items()
+    }
+    click.echo(json.dumps(finite, allow_nan=False))
 
 
 def print_json(value: dict[str, Any]) -> None:

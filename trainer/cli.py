@@ -85,6 +85,10 @@ def choose_feeding(**given: Any) -> dict[str, Any]:
 @click.option("--weights", "weights_text", metavar="RUN|FILE", show_default=False,
               help="Start from the net of a run, or in a file (of alexnet-export, torchvision's, Caffe's); its recipe "
                    "is the default.")  # fmt: skip
+@click.option("--quiet", is_flag=True, help="Say nothing but errors, and how to go on when stopped.")
+@click.option("--json-logs", is_flag=True,
+              help="Print what is logged to stdout, a JSON object a line (docs/metrics.md), and nothing else but "
+                   "errors.")  # fmt: skip
 @click.option("--set", "settings", multiple=True, metavar="FIELD=VALUE", help="Any field of the recipe; repeatable.")
 def _train(
     shards: str | None,
@@ -112,12 +116,18 @@ def _train(
     bucket_mib: float | None,
     max_restarts: int,
     restart_epoch: bool,
+    quiet: bool,
+    json_logs: bool,
 ) -> int:
     """Train AlexNet on shards, as the 2012 paper did.
 
     Makes RUNS/NAME with checkpoints, metrics and the record of its surroundings. Ctrl-C finishes the step, saves and
     says how to go on. Several ranks: --gpus N, or torchrun --nproc-per-node N -m trainer, or srun.
     """
+    if quiet and json_logs:
+        raise click.UsageError("--quiet and --json-logs contradict each other; leave out one of them")
+    voice: console.Voice = "quiet" if quiet else "json" if json_logs else "words"
+    console.set_voice(voice)
     given = {"epochs": epochs, "global_batch_size": global_batch_size, "lr": lr}
     changes = [f"{field}={value}" for field, value in given.items() if value is not None] + list(settings)
     folder, weights_path, weights = None, None, None
@@ -183,6 +193,7 @@ def _train(
             recipe, opened.num_classes, world_size, use_gpu=use_gpu, asked=asked, saved=saved_parallel
         ),
         restart_epoch=restart_epoch,
+        voice=voice,
     )
     if under_launcher():
         return run_as_rank(run_rank, job)

@@ -1,110 +1,182 @@
-"""How training looks while it runs: a live line on a terminal, plain lines elsewhere, one line that stays per epoch.
+"""How training looks while it runs: bars and numbers on a terminal, plain lines elsewhere, JSON lines or nothing.
 
-The decision that shaped it: everything goes to stderr and only a terminal gets control codes, so that a log file reads
-like a log file. Left out: what is measured (train.py); nothing here is kept (runlog.py does that).
+The decision that shaped it: the loop says the same whatever listens (`choose_display`), words go to stderr and only a
+terminal gets control codes, so that a log file reads like a log file; stdout belongs to the JSON lines alone. Left
+out: what is measured (train.py), what it adds up to (tally.py), and what is kept (runlog.py).
 """
 
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Mapping
+from dataclasses import asdict
 from types import TracebackType
 from typing import Any
 
-from pipeline.console import PLAIN_INTERVAL_S, note
+from pipeline.console import PLAIN_INTERVAL_S, Voice, note, print_line
+from trainer.tally import Standing, Tally, spell_duration
+
+_GIB = 2**30
 
 
 class TrainDisplay:
-    """How training looks on stderr: a live line on a terminal, else plain lines, and one line that stays per epoch.
+    """What all displays do: add up. This one says nothing: --quiet."""
 
-    `steps_done` is where a resumed run goes on: time left is judged from the steps of this process alone. Leaving the
-    context by any exception restores the terminal.
-    """
-
-    def __init__(
-        self, epochs: int, steps_per_epoch: int, *, steps_done: int = 0, clock: Callable[[], float] = time.monotonic
-    ) -> None:
-        self._epochs, self._steps_per_epoch, self._steps_done, self._clock = epochs, steps_per_epoch, steps_done, clock
-        self._start_s = self._said_s = clock()
-        self._live: Any = None
-        self._show: Callable[..., None] | None = None
+    def __init__(self, tally: Tally) -> None:
+        self._tally = tally
 
     def __enter__(self) -> "TrainDisplay":
-        if sys.stderr.isatty():
-            from rich.console import Console, Group
-            from rich.live import Live
-            from rich.progress import BarColumn, Progress, TextColumn
-            from rich.text import Text
-
-            left = TextColumn("{task.completed}/{task.total}  {task.fields[left]} left")
-            bar = Progress(TextColumn("{task.description}"), BarColumn(bar_width=None), left, expand=True)
-            task = bar.add_task(f"epoch 1/{self._epochs}", total=self._steps_per_epoch, left="?")
-            numbers = Text("", no_wrap=True, overflow="ellipsis")
-
-            def show(where: str, done: int, left: str, said: str) -> None:
-                bar.update(task, description=where, completed=done, left=left)
-                numbers.plain = said
-
-            self._show = show
-            # stdout is taken over only where it shares the screen: into a file, results must go where they belong
-            shared = sys.stdout.isatty()
-            self._live = Live(Group(bar, numbers), console=Console(stderr=True), transient=True, redirect_stdout=shared)
-            self._live.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._live is not None:
-            self._live.stop()
+        self._close()
 
-    def step(
-        self,
-        epoch: int,
-        step_in_epoch: int,
-        *,
-        images_per_s: float,
-        data_wait_fraction: float,
-        loss: float,
-        top1_error: float,
-    ) -> None:
-        """Show that `step_in_epoch` steps of `epoch` (both from 1) are done; loss and error (%) so far in the epoch."""
-        now_s = self._clock()
-        if self._show is None and now_s - self._said_s < PLAIN_INTERVAL_S:
-            return
-        where, left = f"epoch {epoch}/{self._epochs}", _duration(self._left_s(epoch, step_in_epoch, now_s))
-        said = (
-            f"loss {loss:.3f}  top-1 error {top1_error:.1f} %  {images_per_s:,.0f} images/s  "
-            f"waiting for data {100 * data_wait_fraction:.0f} %"
-        )
-        if self._show is not None:
-            self._show(where, step_in_epoch, left, said)
-        else:
-            self._said_s = now_s
-            note(f"{where}  step {step_in_epoch}/{self._steps_per_epoch}  {said}  {left} left")
+    def step(self, epoch: int, step_in_epoch: int) -> None:
+        """So many steps of `epoch` are done. Called after each of them: it must cost nothing."""
+
+    def record(self, record: Mapping[str, Any]) -> Standing:
+        """A record of training has been logged (runlog.TrainRecord). Returns where training stands."""
+        standing = self._tally.add(record)
+        self._show(standing)
+        return standing
+
+    def evaluating(self, epoch: int) -> None:
+        """The epoch's steps are done, its evaluation begins."""
+
+    def evaluated(self, top1_error: float) -> None:
+        self._tally.add_evaluation(top1_error)
 
     def epoch_done(self, epoch: int, summary: str) -> None:
-        """Print the line about `epoch` that stays on the screen."""
-        line = f"epoch {epoch}/{self._epochs}  {summary}"
-        if self._live is not None:
-            self._live.console.print(line, markup=False, highlight=False, soft_wrap=True)
-        else:
-            self._said_s = self._clock()
-            note(line)
+        """The epoch is over: `summary` is to stay."""
 
-    def _left_s(self, epoch: int, step_in_epoch: int, now_s: float) -> float:
-        done = (epoch - 1) * self._steps_per_epoch + step_in_epoch
-        here = max(done - self._steps_done, 1)
-        return (now_s - self._start_s) / here * (self._epochs * self._steps_per_epoch - done)
+    def _show(self, standing: Standing) -> None:
+        pass
+
+    def _close(self) -> None:
+        pass
 
 
-def _duration(seconds: float) -> str:
-    """Two units at most: "45 s", "3 min 20 s", "2 h 05 min", "5 d 11 h"."""
-    whole = round(seconds)
-    minutes, hours, days = whole // 60, whole // 3600, whole // 86400
-    if days:
-        return f"{days} d {hours % 24} h"
-    if hours:
-        return f"{hours} h {minutes % 60:02d} min"
-    if minutes:
-        return f"{minutes} min {whole % 60:02d} s"
-    return f"{whole} s"
+class PlainDisplay(TrainDisplay):
+    """A line on stderr every ten seconds at most, and one for each epoch."""
+
+    def __init__(self, tally: Tally, interval_s: float = PLAIN_INTERVAL_S) -> None:
+        super().__init__(tally)
+        self._interval_s, self._said_s = interval_s, tally.now_s()
+
+    def _show(self, standing: Standing) -> None:
+        if self._is_due():
+            self._say(standing)
+
+    def _is_due(self) -> bool:
+        now_s = self._tally.now_s()
+        due = now_s - self._said_s >= self._interval_s
+        self._said_s = now_s if due else self._said_s
+        return due
+
+    def _say(self, now: Standing) -> None:
+        where = f"{_epoch(now.epoch, self._tally)}  step {now.step_in_epoch}/{self._tally.steps_per_epoch}"
+        note("  ".join([where, *spell(now), f"{spell_duration(now.left_s)} left"]))
+
+    def epoch_done(self, epoch: int, summary: str) -> None:
+        self._said_s = self._tally.now_s()
+        note(f"{_epoch(epoch, self._tally)}  {summary}")
+
+
+class JsonDisplay(PlainDisplay):
+    """A JSON object a line on stdout: what the records of metrics.jsonl add up to (docs/metrics.md)."""
+
+    def _say(self, now: Standing) -> None:
+        print_line({"kind": "progress", "epochs": self._tally.epochs, **asdict(now)})
+
+    def epoch_done(self, epoch: int, summary: str) -> None:
+        left_s = self._tally.left_s(epoch * self._tally.steps_per_epoch)
+        best = self._tally.best_error
+        print_line({"kind": "epoch", "epoch": epoch, "epochs": self._tally.epochs, "best_error": best, "left_s": left_s,
+                    "text": summary})  # fmt: skip
+
+
+class TerminalDisplay(TrainDisplay):
+    """Two bars and two lines of numbers that change in place, and a line for each epoch above them.
+
+    Leaving the context by any exception restores the terminal.
+    """
+
+    def __init__(self, tally: Tally, console: Any = None) -> None:
+        """`console`: a rich console to draw on; None: stderr."""
+        from rich.console import Console, Group
+        from rich.live import Live
+        from rich.progress import BarColumn, Progress, TextColumn
+        from rich.text import Text
+
+        super().__init__(tally)
+        columns = (TextColumn("{task.description}"), BarColumn(bar_width=None), TextColumn("{task.fields[said]}"))
+        self._bars = Progress(*columns, expand=True)
+        whole = tally.epochs * tally.steps_per_epoch
+        self._epoch_bar = self._bars.add_task(_epoch(1, tally), total=tally.steps_per_epoch, said="")
+        self._total_bar = self._bars.add_task("total", total=whole, completed=tally.first_step, said="")
+        self._lines = [Text("", no_wrap=True, overflow="ellipsis") for _ in range(2)]
+        # stdout is taken over only where it shares the screen: into a file, results must go where they belong
+        shared = sys.stdout.isatty()
+        console = console or Console(stderr=True)
+        self._live = Live(Group(self._bars, *self._lines), console=console, transient=True, redirect_stdout=shared)
+
+    def __enter__(self) -> "TrainDisplay":
+        self._live.start()
+        return self
+
+    def step(self, epoch: int, step_in_epoch: int) -> None:
+        steps = self._tally.steps_per_epoch
+        done = (epoch - 1) * steps + step_in_epoch
+        said = f"{step_in_epoch}/{steps} steps"
+        self._bars.update(self._epoch_bar, description=_epoch(epoch, self._tally), completed=step_in_epoch, said=said)
+        self._bars.update(self._total_bar, completed=done)
+
+    def evaluating(self, epoch: int) -> None:
+        self._bars.update(self._epoch_bar, said="evaluating")
+
+    def epoch_done(self, epoch: int, summary: str) -> None:
+        line = f"{_epoch(epoch, self._tally)}  {summary}"
+        self._live.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def _show(self, standing: Standing) -> None:
+        self.step(standing.epoch, standing.step_in_epoch)
+        self._bars.update(self._total_bar, said=f"{spell_duration(standing.left_s)} left")
+        said = spell(standing)
+        learnt = sum(part.startswith(_LEARNT) for part in said)
+        self._lines[0].plain, self._lines[1].plain = "  ".join(said[:learnt]), "  ".join(said[learnt:])
+
+    def _close(self) -> None:
+        self._live.stop()
+
+
+_LEARNT = ("loss", "top-1", "top-5", "best", "rate")
+
+
+def spell(now: Standing) -> list[str]:
+    """The numbers in words: what is learned, then how fast."""
+    parts = [f"loss {now.loss:.3f}", f"top-1 error {now.top1_error:.1f} %", f"top-5 {now.top5_error:.1f} %"]
+    if now.best_error is not None:
+        parts.append(f"best {now.best_error:.2f} %")
+    parts += [
+        f"rate {now.lr:g}",
+        f"{now.images_per_s:,.0f} images/s (mean {now.mean_images_per_s:,.0f})",
+        f"waiting for data {100 * now.data_wait_fraction:.0f} %",
+    ]
+    if now.gpu_utilisation is not None:
+        parts.append(f"GPU {100 * now.gpu_utilisation:.0f} %")
+    if now.gpu_memory_bytes is not None:
+        parts.append(f"GPU memory {now.gpu_memory_bytes / _GIB:.1f} GiB")
+    return parts
+
+
+def choose_display(voice: Voice, tally: Tally) -> TrainDisplay:
+    """The display for a voice; with words, bars where stderr is a terminal that can show them."""
+    if voice == "quiet":
+        return TrainDisplay(tally)
+    if voice == "json":
+        return JsonDisplay(tally)
+    return TerminalDisplay(tally) if sys.stderr.isatty() else PlainDisplay(tally)
+
+
+def _epoch(epoch: int, tally: Tally) -> str:
+    return f"epoch {epoch}/{tally.epochs}"

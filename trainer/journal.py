@@ -1,7 +1,8 @@
 """What a training run writes and says: its folder, records and one line an epoch. Only the first rank does.
 
 The decision that shaped it: the loop tells every rank's journal everything, and the journal of every rank but the first
-keeps quiet, so that the loop has no branches about it. Left out: the formats (runlog.py) and checkpoints.
+keeps quiet, so that the loop has no branches about it. Left out: the formats (runlog.py), the looks (display.py) and
+checkpoints.
 """
 
 from dataclasses import asdict
@@ -9,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.colorstats import ColorStats
-from pipeline.console import note
+from pipeline.console import Voice, note, print_line, warn
 from pipeline.shardset import write_json
+from trainer.display import TrainDisplay
 from trainer.distributed import Ranks, gather
 from trainer.evaluate import Errors
-from trainer.runlog import ENVIRONMENT, METRICS, MetricsLog, TrainDisplay, create_run, environment, write_config
+from trainer.gpuload import read_gpu_load
+from trainer.runlog import ENVIRONMENT, METRICS, MetricsLog, create_run, environment, write_config
 
 
 class Journal:
@@ -29,11 +32,15 @@ class Journal:
         *,
         resume: Path | None,
         step: int,
+        voice: Voice = "words",
     ) -> None:
-        """A new run's folder with `config` and `colors`, or that of the run to `resume`, cut after `step`."""
+        """A new run's folder with `config` and `colors`, or that of the run to `resume`, cut after `step`.
+
+        With the voice "json", what is logged is printed, too.
+        """
         self._log: MetricsLog | None = None
         self._display: TrainDisplay | None = None
-        self._summary = ""
+        self._summary, self._device, self._voice = "", ranks.device, voice
         folder = resume or Path()
         if ranks.is_first:
             if not resume:
@@ -41,7 +48,9 @@ class Journal:
                 colors.save(folder)  # with the class names in `config`: the net can be used without its shards
                 write_config(folder, config)
             write_json(folder / ENVIRONMENT, environment())
-            self._log = MetricsLog.open(folder / METRICS, step if resume else None)
+            self._log = MetricsLog.open(
+                folder / METRICS, step if resume else None, print_line if voice == "json" else None
+            )
         self.folder: Path = gather(folder, ranks)[0]
 
     def show(self, display: TrainDisplay) -> None:
@@ -53,25 +62,50 @@ class Journal:
         if self._log:
             note(text)
 
-    def train(self, got: Errors, *, in_epoch: int, **record: Any) -> None:
+    def announce(self, **facts: Any) -> None:
+        """Tell a reader of JSON lines what run this is."""
+        if self._log and self._voice == "json":
+            print_line({"kind": "run", "run": str(self.folder), **facts})
+
+    def end(self, status: int, step: int, said: str = "") -> None:
+        """Training is over or stopped; `said`: how to go on, which a quiet run says as well."""
+        if not self._log:
+            return
+        if self._voice == "json":
+            print_line({"kind": "end", "status": status, "step": step, "text": said})
+        elif said:
+            warn(said)
+
+    def stepped(self, epoch: int, in_epoch: int) -> None:
+        if self._display:
+            self._display.step(epoch, in_epoch)
+
+    def train(self, got: Errors, **record: Any) -> None:
         """Log training since the record before: `got` over those steps, the other fields of a TrainRecord."""
         if not self._log or not self._display:
             return
-        rate, waited = record["images_per_s"], record["data_wait_fraction"]
-        self._log.train(loss=got.loss, top1_error=got.top1_error, top5_error=got.top5_error, **record)
-        self._display.step(
-            record["epoch"],
-            in_epoch,
-            images_per_s=rate,
-            data_wait_fraction=waited,
-            loss=got.loss,
-            top1_error=got.top1_error,
+        record |= {"loss": got.loss, "top1_error": got.top1_error, "top5_error": got.top5_error}
+        load = read_gpu_load(self._device)
+        if load:
+            record["gpu_memory_bytes"] = load.memory_bytes
+            if load.utilisation is not None:
+                record["gpu_utilisation"] = load.utilisation
+        self._log.train(**record)
+        now = self._display.record(record)
+        self._summary = (
+            f"training loss {now.loss:.3f}, top-1 {now.top1_error:.2f} %, {now.mean_images_per_s:,.0f} images/s, "
+            f"waiting for data {100 * now.data_wait_fraction:.0f} %"
         )
-        self._summary = f"training loss {got.loss:.3f}, {rate:,.0f} images/s, waiting for data {100 * waited:.0f} %"
+
+    def evaluating(self, epoch: int) -> None:
+        if self._display:
+            self._display.evaluating(epoch)
 
     def eval(self, errors: Errors, step: int, epoch: int) -> None:
         if self._log:
             self._log.eval(step=step, epoch=epoch, crops="centre", **asdict(errors))
+        if self._display:
+            self._display.evaluated(errors.top1_error)
 
     def event(self, name: str, **fields: Any) -> None:
         if self._log:

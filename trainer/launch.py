@@ -17,7 +17,7 @@ import uuid
 from collections.abc import Callable
 from typing import Any
 
-from pipeline.console import STATUS_FAILED, explain_os_error, note
+from pipeline.console import STATUS_FAILED, explain_os_error, warn
 from pipeline.errors import UserError
 from trainer.distributed import FAILURE, LAUNCH_ID, PEER_LOST, RESTART, is_first_to, is_peer_loss
 
@@ -49,7 +49,7 @@ def launch(function: Callable[..., int], arguments: tuple[Any, ...], num_ranks: 
                 return STATUS_FAILED
             raise UserError(f"{what}; the last checkpoint is kept: go on with --resume, or start with --max-restarts N")
         restarts += 1
-        note(f"{what}: restart {restarts} of {max_restarts}, from the last checkpoint")
+        warn(f"{what}: restart {restarts} of {max_restarts}, from the last checkpoint")
 
 
 def _launch_once(function: Callable[..., int], arguments: tuple[Any, ...], num_ranks: int) -> tuple[int, int]:
@@ -128,16 +128,16 @@ def _tell(error: Exception) -> int:
     rank = os.environ.get("RANK", "0")
     if is_peer_loss(error):
         if is_first_to(PEER_LOST):
-            note(f"rank {rank} stops: another rank is gone ({str(error).strip().splitlines()[0][:120]})")
+            warn(f"rank {rank} stops: another rank is gone ({str(error).strip().splitlines()[0][:120]})")
         return STATUS_PEER_LOST
     if not is_first_to(FAILURE):
         return STATUS_FAILED if isinstance(error, UserError) else STATUS_CRASHED
     if isinstance(error, UserError):
-        note(f"error: rank {rank}: {error}")
+        warn(f"error: rank {rank}: {error}")
         return STATUS_FAILED
     if isinstance(error, OSError):
-        note(f"error: rank {rank}: {explain_os_error(error)}")
+        warn(f"error: rank {rank}: {explain_os_error(error)}")
         return STATUS_CRASHED
-    note("".join(traceback.format_exception(error)).rstrip())
-    note(f"error: rank {rank} failed: {type(error).__name__}: {' '.join(str(error).split())}")
+    warn("".join(traceback.format_exception(error)).rstrip())
+    warn(f"error: rank {rank} failed: {type(error).__name__}: {' '.join(str(error).split())}")
     return STATUS_CRASHED

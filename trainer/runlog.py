@@ -11,14 +11,14 @@ import math
 import os
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import NoneType, TracebackType
 from typing import Any, BinaryIO, TypedDict, Unpack
 
 from pipeline.errors import UserError
 from pipeline.shardset import read_json, write_atomic, write_json
-from trainer.display import TrainDisplay as TrainDisplay  # with the next: one door for the training loop
-from trainer.environment import environment as environment
+from trainer.environment import environment as environment  # one door for the journal
 
 CONFIG, ENVIRONMENT, METRICS = "config.json", "environment.json", "metrics.jsonl"
 CHECKPOINTS, LAST, BEST = "checkpoints", "last.pt", "best.pt"
@@ -36,7 +36,18 @@ class TrainRecord(TypedDict):
     lr: float
     images_per_s: float
     data_wait_fraction: float  # share of the time spent waiting for data, 0 to 1
-    time_s: float
+    time_s: float  # of training so far, without evaluations
+
+
+class GpuFields(TypedDict, total=False):
+    """What a TrainRecord of a run on GPUs has besides: the first rank's GPU when it was written."""
+
+    gpu_utilisation: float  # 0 to 1; only where NVML's Python module is installed
+    gpu_memory_bytes: int  # in use, by whatever process
+
+
+class _TrainFields(TrainRecord, GpuFields):
+    pass
 
 
 class EvalRecord(TypedDict):
@@ -56,6 +67,7 @@ _FIELDS: dict[str, dict[str, type]] = {
     "eval": EvalRecord.__annotations__,
     "event": {"name": str},
 }
+_OPTIONAL: dict[str, dict[str, type]] = {"train": GpuFields.__annotations__, "eval": {}, "event": {"step": int}}
 _ACCEPTED: dict[type, tuple[type, ...]] = {int: (int,), float: (int, float, NoneType), str: (str,)}
 
 
@@ -143,25 +155,28 @@ class MetricsLog:
     resumption then loses no line and repeats none.
     """
 
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
+    def __init__(self, file: BinaryIO, echo: Callable[[dict[str, Any]], None] | None = None) -> None:
+        self._file, self._echo = file, echo
 
     @classmethod
-    def open(cls, path: Path, after_step: int | None) -> "MetricsLog":
+    def open(
+        cls, path: Path, after_step: int | None, echo: Callable[[dict[str, Any]], None] | None = None
+    ) -> "MetricsLog":
         """A new log (`after_step` None), or that of a run resumed from its checkpoint at step `after_step`.
 
-        On resumption the lines from the first one past `after_step` on are cut, atomically, with a torn last line.
+        `echo` is given every record that is written. On resumption the lines from the first one past `after_step` on
+        are cut, atomically, with a torn last line.
         Raises FileExistsError where a new log would overwrite one, and UserError where the old one is damaged.
         """
         if after_step is None:
-            return cls(path.open("xb"))
+            return cls(path.open("xb"), echo)
         kept = []
         for line, record in _parse(path) if path.exists() else []:
             if record.get("step", 0) > after_step:
                 break
             kept.append(line + b"\n")
         write_atomic(path, b"".join(kept))
-        return cls(path.open("ab"))
+        return cls(path.open("ab"), echo)
 
     def __enter__(self) -> "MetricsLog":
         return self
@@ -171,7 +186,7 @@ class MetricsLog:
     ) -> None:
         self.close()
 
-    def train(self, **record: Unpack[TrainRecord]) -> None:
+    def train(self, **record: Unpack[_TrainFields]) -> None:
         """Log training since the line before."""
         self._write({"kind": "train", **record})
 
@@ -200,6 +215,8 @@ class MetricsLog:
             raise ValueError(f"metrics record: {problem}")
         self._file.write(json.dumps(finite, allow_nan=False).encode() + b"\n")
         self._file.flush()
+        if self._echo:
+            self._echo(finite)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -238,7 +255,7 @@ def _problem(record: Any) -> str | None:
     kind = record.get("kind") if isinstance(record, dict) else None
     if not isinstance(kind, str) or kind not in _FIELDS:
         return f"kind is {kind!r:.40}, expected one of {', '.join(_FIELDS)}"
-    fields = _FIELDS[kind] | ({"step": int} if "step" in record else {})
+    fields = _FIELDS[kind] | {name: type_ for name, type_ in _OPTIONAL[kind].items() if name in record}
     for name, expected in fields.items():
         if name not in record:
             return f"{kind} without {name}"

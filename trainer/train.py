@@ -17,9 +17,11 @@ import torch
 from torch import Tensor
 
 from pipeline.colorstats import ColorStats
+from pipeline.console import Voice, set_voice
 from pipeline.errors import UserError
 from pipeline.shardset import ShardSet
 from trainer import checkpoint
+from trainer.display import choose_display
 from trainer.distributed import (
     Ranks,
     StopRequest,
@@ -41,7 +43,8 @@ from trainer.parallel import DATA, Parallel
 from trainer.parallel import check as check_parallel
 from trainer.recipe import Recipe, to_dict
 from trainer.resume import EPOCH, check_resumable, choose_streams, find_resumed, load_resumed
-from trainer.runlog import BEST, CHECKPOINTS, LAST, TrainDisplay
+from trainer.runlog import BEST, CHECKPOINTS, LAST
+from trainer.tally import Tally
 from trainer.weights import list_classes
 
 LOG_STEPS = 20  # a record every so many steps, and at the end of each epoch
@@ -69,10 +72,12 @@ class Job:
     feeding: Feeding = field(default_factory=Feeding)
     parallel: Parallel = DATA
     restart_epoch: bool = False
+    voice: Voice = "words"
 
 
 def run_rank(job: Job) -> int:
     """The whole run as seen by one rank. Returns the exit status: 0, or 130/143 when stopped by a signal."""
+    set_voice(job.voice)
     with join(job.use_gpu) as ranks, StopRequest(ranks) as stop:
         run = _Run(job, ranks)
         try:
@@ -126,8 +131,9 @@ class _Run:
             else None
         )
         self.journal = Journal(
-            ranks, job.runs, job.name, self._config(), self.colors, resume=self.resume, step=self.step
-        )
+            ranks, job.runs, job.name, self._config(), self.colors, resume=self.resume, step=self.step,
+            voice=job.voice,
+        )  # fmt: skip
         if saved and saved["is_best"]:  # killed between saving and marking, perhaps
             self._mark(BEST)
 
@@ -174,22 +180,28 @@ class _Run:
         if self.started_from:
             self.journal.say(self.started_from.describe())
         self.journal.say(f"{self.journal.folder}: recipe {recipe.name}, {where}, {steps}")
+        self.journal.announce(
+            recipe=recipe.name, epochs=recipe.epochs, steps_per_epoch=steps_per_epoch, step=self.step,
+            global_batch_size=recipe.global_batch_size, world_size=self.ranks.world_size,
+            device=self.ranks.device.type,
+        )  # fmt: skip
         if restart_count():
             self.journal.say(f"restart {restart_count()}: goes on after step {self.step}")
             self.journal.event("restart", step=self.step, number=restart_count())
-        with TrainDisplay(recipe.epochs, steps_per_epoch, steps_done=self.step) as display:
+        tally = Tally(recipe.epochs, steps_per_epoch, steps_done=self.step, best_error=self.best_error)
+        stopped, status = "", 0
+        with choose_display(self.job.voice if self.ranks.is_first else "quiet", tally) as display:
             self.journal.show(display)
             while not self.learner.schedule.finished(self.epoch - 1):
                 status = self._train_epoch(stop)
                 if status:
                     self._save()
-                    self.journal.say(
-                        f"stopped after step {self.step} (epoch {self.epoch}); "
-                        f"go on with: alexnet-train --resume {self.journal.folder}"
-                    )
-                    return status
+                    where = f"stopped after step {self.step} (epoch {self.epoch})"
+                    stopped = f"{where}; go on with: alexnet-train --resume {self.journal.folder}"
+                    break
                 self._end_epoch()
-        return 0
+        self.journal.end(status, self.step, stopped)
+        return status
 
     def _train_epoch(self, stop: StopRequest) -> int:
         self.feed.begin_epoch(self.epoch)
@@ -207,13 +219,14 @@ class _Run:
             logits = self.learner.step(batch.images, batch.labels)
             self.sums += count_errors(logits, batch.labels)
             self.step += 1
+            self.journal.stepped(self.epoch, in_epoch)
             num_timed += len(batch.labels) * self.ranks.world_size
             if in_epoch % LOG_STEPS == 0 or in_epoch == num_steps:
                 record = self._take_sums()
                 now_s = time.perf_counter()
                 took_s = now_s - since_s
                 self.time_s += took_s
-                self._record(in_epoch, record, num_timed / took_s, waited_s / took_s)
+                self._record(record, num_timed / took_s, waited_s / took_s)
                 since_s, waited_s, num_timed = now_s, 0.0, 0
             status = stop.status()
             if status:
@@ -226,10 +239,9 @@ class _Run:
         self.sums.zero_()
         return Errors(int(count), loss / count, 100 * wrong1 / count, 100 * wrong5 / count)
 
-    def _record(self, in_epoch: int, got: Errors, rate: float, waited: float) -> None:
+    def _record(self, got: Errors, rate: float, waited: float) -> None:
         self.journal.train(
             got,
-            in_epoch=in_epoch,
             step=self.step,
             epoch=self.epoch,
             lr=self.learner.schedule.lr,
@@ -246,6 +258,7 @@ class _Run:
     def _end_epoch(self) -> None:
         epoch, is_best, result = self.epoch, True, ""
         if self.eval_loader is not None:
+            self.journal.evaluating(epoch)
             num_images, schedule = self.shards.num_samples("val"), self.learner.schedule
             errors = evaluate(self.learner.whole_model(), self.eval_loader, self.ranks, self.learner.dtype, num_images)
             is_best = errors.top1_error < self.best_error
