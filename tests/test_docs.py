@@ -5,7 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.documents import find_anchors, find_broken_links
+
 ROOT = Path(__file__).parent.parent
+PAGES = sorted(path for pattern in ("*.md", "docs/*.md", "benchmarks/*.md") for path in ROOT.glob(pattern))
 
 
 def _defined_tests() -> set[str]:
@@ -31,3 +34,23 @@ def test_every_row_of_the_paper_has_its_place_and_its_test():
     ]
     assert len(rows) > 35
     assert [row[0] for row in rows if len(row) != 6 or not row[4].strip() or not row[5].strip()] == []
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_every_link_leads_to_a_file_and_a_heading_that_exist(path: Path):
+    assert find_broken_links(path) == []
+
+
+def test_a_link_to_nothing_is_found(tmp_path: Path):
+    page = tmp_path / "page.md"
+    page.write_text(
+        "# A `b`: c/d\n\n## Two\n\n## Two\n\n[1](#a-b-cd) [2](#a-b-c-d) [3](no.md) ![4](no.png) [5](page.md#two-1)\n"
+    )
+    assert find_anchors(page.read_text()) == {"a-b-cd", "two", "two-1"}
+    assert find_broken_links(page) == ["#a-b-c-d", "no.md", "no.png"]
+
+
+def test_the_readme_leads_to_every_document():
+    text = (ROOT / "README.md").read_text()
+    documents = [f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")]
+    assert [name for name in [*documents, "CONTRIBUTING.md", "benchmarks/README.md"] if f"({name}" not in text] == []

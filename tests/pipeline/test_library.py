@@ -1,13 +1,16 @@
-"""The loader in somebody else's loop: the program of docs/library.md, with torchvision's ResNet-50 rebuilt small."""
+"""The loader in somebody else's loop: the programs of docs/library.md, with torchvision's ResNet-50 rebuilt small, and
+of README.md."""
 
 import re
-import textwrap
 from pathlib import Path
 
 import torch
 from torch import nn
 
-DOCUMENT = Path(__file__).parents[2] / "docs" / "library.md"
+from tests.documents import find_blocks
+
+ROOT = Path(__file__).parents[2]
+DOCUMENT = ROOT / "docs" / "library.md"
 
 
 class Bottleneck(nn.Module):
@@ -33,15 +36,14 @@ def make_net(num_classes: int) -> nn.Module:
     return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, num_classes))
 
 
-def read_program(number: int) -> str:
-    """The indented block `number` of the document."""
-    blocks = re.findall(r"(?:^(?:    .*|)\n)+", DOCUMENT.read_text(encoding="utf-8"), re.MULTILINE)
-    found = [block for block in blocks if block.strip()]
-    return textwrap.dedent(found[number])
+def read_programs(path: Path) -> list[str]:
+    """The code blocks of a document that are programs."""
+    blocks = find_blocks(path.read_text(encoding="utf-8"), path.name)
+    return [block.text for block in blocks if (block.tag or "").startswith("program")]
 
 
 def test_the_documents_loop_trains_and_evaluates_a_net_that_is_not_ours(ready_shards, capsys):
-    program = read_program(0)
+    program = read_programs(DOCUMENT)[0]
     for written, here in {
         "from torchvision.models import resnet50\n": "",
         "resnet50(num_classes=shards.num_classes)": "make_net(shards.num_classes)",
@@ -61,6 +63,25 @@ def test_the_documents_loop_trains_and_evaluates_a_net_that_is_not_ours(ready_sh
     assert names["num_right"] <= 24 and names["num_seen"] == 24  # every validation image once
 
 
+def test_the_readmes_loop_sees_every_epoch_whole(ready_shards):
+    (program,) = read_programs(ROOT / "README.md")
+    for written, here in {
+        '"shards"': repr(str(ready_shards)),
+        '"gpu"': '"cpu"',
+        "range(90)": "range(2)",
+        "global_batch_size=128": "global_batch_size=8",
+        "...": "seen.append((images, labels))",
+    }.items():
+        assert written in program, written
+        program = program.replace(written, here)
+    seen = []
+    exec(compile(program, "README.md", "exec"), {"seen": seen})
+    assert len(seen) == 2 * 64 // 8
+    assert {(tuple(images.shape), images.dtype, labels.dtype) for images, labels in seen} == {
+        ((8, 3, 224, 224), torch.float32, torch.int64)
+    }
+
+
 def test_the_documents_resuming_goes_on_where_it_was(ready_shards, tmp_path, monkeypatch):
     from pipeline import ColorStats, ShardSet, TrainLoader
 
@@ -71,7 +92,7 @@ def test_the_documents_resuming_goes_on_where_it_was(ready_shards, tmp_path, mon
     batches = iter(loader)
     for _ in range(3):
         next(batches)
-    save, load = read_program(1).strip().split("\n\n")
+    save, load = read_programs(DOCUMENT)[1].strip().split("\n\n")
     exec(compile(save, str(DOCUMENT), "exec"), {"torch": torch, "loader": loader})
     exec(compile(load, str(DOCUMENT), "exec"), {"torch": torch, "loader": fresh})
     assert fresh.step == 3
