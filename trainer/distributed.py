@@ -202,7 +202,11 @@ def gather(value: Any, ranks: Ranks) -> list[Any]:
 
 
 class StopRequest:
-    """SIGINT and SIGTERM as a wish to stop, on which all ranks agree: `with StopRequest(ranks) as stop: ...`."""
+    """SIGINT and SIGTERM as a wish to stop, on which all ranks agree: `with StopRequest(ranks) as stop: ...`.
+
+    A second SIGINT is a KeyboardInterrupt, as ever; not under a launcher, which passes on what a terminal has sent to
+    all, and which ends its ranks itself.
+    """
 
     def __init__(self, ranks: Ranks) -> None:
         self._ranks, self._received = ranks, 0
@@ -220,6 +224,8 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _receive(self, number: int, _frame: FrameType | None) -> None:
+        if self._received and number == signal.SIGINT and not under_launcher():
+            raise KeyboardInterrupt
         self._received = self._received or number
 
     def status(self) -> int:

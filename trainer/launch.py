@@ -6,6 +6,7 @@ not speak, and torch's own report is not shown. Left out: several machines (torc
 """
 
 import logging
+import math
 import multiprocessing
 import os
 import signal
@@ -15,6 +16,7 @@ import time
 import traceback
 import uuid
 from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 from pipeline.console import STATUS_FAILED, explain_os_error, warn
@@ -32,19 +34,22 @@ def launch(function: Callable[..., int], arguments: tuple[Any, ...], num_ranks: 
     """Run `function` as `num_ranks` ranks of this machine under torch's elastic launcher; returns the exit status.
 
     A rank that dies takes the others down, within END_S; then all are started again, at most `max_restarts` times,
-    unless what failed was a UserError, which would only come again. A signal to this process is passed on, so that the
-    ranks save and leave.
+    unless what failed was a UserError, which would only come again. SIGINT or SIGTERM to this process is passed on, so
+    that the ranks save and leave, within SAVE_S; a second one ends all at once.
     """
     os.environ[LAUNCH_ID] = uuid.uuid4().hex
     restarts = 0
     while True:
         os.environ[RESTART] = str(restarts)
-        status, rank = _launch_once(function, arguments, num_ranks)
+        watch = _Watch()
+        status, rank = _launch_once(function, arguments, num_ranks, watch)
+        if watch.received and status in (0, 130, 143, -signal.SIGINT, -signal.SIGTERM):
+            return 128 + watch.received
         if status in (0, 130, 143):
             return status
         told = status in (STATUS_FAILED, STATUS_CRASHED)
         what = f"rank {rank} failed" if told else f"rank {rank} {_name_end(status)}"
-        if status == STATUS_FAILED or restarts == max_restarts:
+        if status == STATUS_FAILED or restarts == max_restarts or watch.received:
             if told:
                 return STATUS_FAILED
             raise UserError(f"{what}; the last checkpoint is kept: go on with --resume, or start with --max-restarts N")
@@ -52,13 +57,13 @@ def launch(function: Callable[..., int], arguments: tuple[Any, ...], num_ranks: 
         warn(f"{what}: restart {restarts} of {max_restarts}, from the last checkpoint")
 
 
-def _launch_once(function: Callable[..., int], arguments: tuple[Any, ...], num_ranks: int) -> tuple[int, int]:
+def _launch_once(
+    function: Callable[..., int], arguments: tuple[Any, ...], num_ranks: int, watch: "_Watch"
+) -> tuple[int, int]:
     """(status, rank) of the rank that ended it; a negative status is a signal's number."""
-    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SAVE_S))
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -68,35 +73,68 @@ def _launch_once(function: Callable[..., int], arguments: tuple[Any, ...], num_r
         rdzv_endpoint="localhost:0",
         max_restarts=0,
         start_method="spawn",
+        signals_to_handle="SIGQUIT",  # the others are ours
     )
     logging.disable(logging.CRITICAL)  # torch's launcher logs a trace of itself for every rank that ends
-    over = threading.Event()
-    threading.Thread(target=_end_all_when_one_fails, args=(over,), daemon=True).start()
     try:
-        statuses = elastic_launch(config, _run_child)(function, arguments)
-    except SignalException as stopped:
-        return 128 + int(stopped.sigval), 0
+        with watch:
+            statuses = elastic_launch(config, _run_child)(function, arguments)
     except ChildFailedError as failed:
         rank, failure = failed.get_first_failure()
         return int(failure.exitcode), rank
     finally:
-        over.set()
         logging.disable(logging.NOTSET)
     return max((int(status) for status in statuses.values()), default=STATUS_FAILED), 0
 
 
-def _end_all_when_one_fails(over: threading.Event) -> None:
-    """What torch's launcher does only after 30 s: a rank that waits in a GPU's kernel hears no signal but SIGKILL."""
-    ranks: set[Any] = set()
-    failed_s = None
-    while not over.wait(_POLL_S):
-        ranks.update(child for child in multiprocessing.active_children() if child not in ranks)
-        if failed_s is None and any(child.exitcode for child in ranks):
-            failed_s = time.monotonic()
-        if failed_s is not None and time.monotonic() - failed_s > END_S:
-            for child in ranks:
-                if child.is_alive():
-                    child.kill()
+class _Watch:
+    """For the length of a block, what torch's launcher does not do, or too late; a thread does it.
+
+    Passes a signal on to the ranks and sets them an end; ends a rank that waits in a GPU's kernel for another that has
+    died, since it hears no signal but SIGKILL and torch would give it 30 s.
+    """
+
+    def __init__(self) -> None:
+        self.received = 0
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._look_after, daemon=True)
+
+    def __enter__(self) -> None:
+        self._previous = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)}
+        self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, _frame: FrameType | None) -> None:
+        ranks = multiprocessing.active_children()
+        if self.received or not ranks:
+            for rank in ranks:
+                rank.kill()
+            raise SystemExit(128 + number)
+        self.received = number
+
+    def _look_after(self) -> None:
+        ranks: set[Any] = set()
+        told: set[Any] = set()
+        end_s = math.inf
+        while not self._over.wait(_POLL_S):
+            ranks.update(multiprocessing.active_children())
+            if self.received and not told:
+                note(f"{signal.Signals(self.received).name}: the ranks save and leave; a second one ends them at once")
+                end_s = min(end_s, time.monotonic() + SAVE_S)
+            if self.received:
+                for rank in ranks - told:
+                    rank.terminate()  # never SIGINT, which a terminal has sent them already
+                told |= ranks
+            if any(rank.exitcode for rank in ranks):
+                end_s = min(end_s, time.monotonic() + END_S)
+            if time.monotonic() > end_s:
+                for rank in ranks:
+                    rank.kill()
 
 
 def _name_end(status: int) -> str:
