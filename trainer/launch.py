@@ -124,7 +124,7 @@ class _Watch:
         while not self._over.wait(_POLL_S):
             ranks.update(multiprocessing.active_children())
             if self.received and not told:
-                note(f"{signal.Signals(self.received).name}: the ranks save and leave; a second one ends them at once")
+                warn(f"{signal.Signals(self.received).name}: the ranks save and leave; a second one ends them at once")
                 end_s = min(end_s, time.monotonic() + SAVE_S)
             if self.received:
                 for rank in ranks - told:
