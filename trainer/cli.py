@@ -89,6 +89,8 @@ def choose_feeding(**given: Any) -> dict[str, Any]:
 @click.option("--json-logs", is_flag=True,
               help="Print what is logged to stdout, a JSON object a line (docs/metrics.md), and nothing else but "
                    "errors.")  # fmt: skip
+@click.option("--tensorboard/--no-tensorboard", "tensorboard", default=None, show_default="if it is installed",
+              help="Write events to RUN/tensorboard, for `tensorboard --logdir RUNS`.")  # fmt: skip
 @click.option("--set", "settings", multiple=True, metavar="FIELD=VALUE", help="Any field of the recipe; repeatable.")
 def _train(
     shards: str | None,
@@ -118,6 +120,7 @@ def _train(
     restart_epoch: bool,
     quiet: bool,
     json_logs: bool,
+    tensorboard: bool | None,
 ) -> int:
     """Train AlexNet on shards, as the 2012 paper did.
 
@@ -172,6 +175,9 @@ def _train(
         cache=cache,
     )  # fmt: skip
 
+    from trainer.tensorboard import is_wanted
+
+    write_events = is_wanted(tensorboard)
     num_ranks, use_gpu = choose_devices(num_gpus)
     world_size = count_ranks(num_ranks)
     check_divisible(recipe, world_size)
@@ -194,6 +200,7 @@ def _train(
         ),
         restart_epoch=restart_epoch,
         voice=voice,
+        tensorboard=write_events,
     )
     if under_launcher():
         return run_as_rank(run_rank, job)

@@ -117,11 +117,12 @@ def plot_kernels(weight: ArrayLike, path: Path, num_towers: int) -> None:
         write_png(figure, path)
 
 
-def kernel_grid(weight: ArrayLike, num_towers: int) -> list[NDArray[np.uint8]]:
+def kernel_grid(weight: ArrayLike, num_towers: int, width_px: int = _WIDTH_PX) -> list[NDArray[np.uint8]]:
     """(K, 3, h, w) -> for each tower the (rows, columns, 3) pixels of its kernels, row by row in their order.
 
     Each kernel is scaled to its own largest magnitude, jointly over red, green and blue, with 0 as mid-grey, and
-    enlarged without interpolation to squares; white gaps one kernel pixel wide part them. The first
+    enlarged without interpolation to squares, together at most `width_px` wide where that is possible; white gaps one
+    kernel pixel wide part them. The first
     K / num_towers kernels are tower 1's, as for grouped convolutions. Raises ValueError for another shape.
     """
     kernels = np.nan_to_num(np.asarray(weight, dtype=np.float64), posinf=0.0, neginf=0.0)
@@ -133,7 +134,7 @@ def kernel_grid(weight: ArrayLike, num_towers: int) -> list[NDArray[np.uint8]]:
     rows = math.ceil(per_tower / KERNELS_PER_ROW)
     columns = math.ceil(per_tower / rows)
     height, width = kernels.shape[2] + 1, kernels.shape[3] + 1
-    scale = min(max(_WIDTH_PX // (columns * width - 1), 1), _LARGEST_SCALE)
+    scale = min(max(width_px // (columns * width - 1), 1), _LARGEST_SCALE)
     grids = []
     for tower in np.split(shown, num_towers):
         grid = np.full((rows * height - 1, columns * width - 1, 3), 255, dtype=np.uint8)

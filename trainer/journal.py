@@ -5,9 +5,12 @@ keeps quiet, so that the loop has no branches about it. Left out: the formats (r
 checkpoints.
 """
 
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from pipeline.colorstats import ColorStats
 from pipeline.console import Voice, note, print_line, warn
@@ -16,7 +19,9 @@ from trainer.display import TrainDisplay
 from trainer.distributed import Ranks, gather
 from trainer.evaluate import Errors
 from trainer.gpuload import read_gpu_load
+from trainer.model import AlexNet
 from trainer.runlog import ENVIRONMENT, METRICS, MetricsLog, create_run, environment, write_config
+from trainer.tensorboard import Board
 
 
 class Journal:
@@ -33,12 +38,14 @@ class Journal:
         resume: Path | None,
         step: int,
         voice: Voice = "words",
+        make_board: Callable[[Path], Board] | None = None,
     ) -> None:
         """A new run's folder with `config` and `colors`, or that of the run to `resume`, cut after `step`.
 
-        With the voice "json", what is logged is printed, too.
+        With the voice "json", what is logged is printed, too; `make_board`: TensorBoard's, for the run's folder.
         """
         self._log: MetricsLog | None = None
+        self._board: Board | None = None
         self._display: TrainDisplay | None = None
         self._summary, self._device, self._voice = "", ranks.device, voice
         folder = resume or Path()
@@ -51,6 +58,7 @@ class Journal:
             self._log = MetricsLog.open(
                 folder / METRICS, step if resume else None, print_line if voice == "json" else None
             )
+            self._board = make_board(folder) if make_board else None
         self.folder: Path = gather(folder, ranks)[0]
 
     def show(self, display: TrainDisplay) -> None:
@@ -91,6 +99,8 @@ class Journal:
             if load.utilisation is not None:
                 record["gpu_utilisation"] = load.utilisation
         self._log.train(**record)
+        if self._board:
+            self._board.train(record)
         now = self._display.record(record)
         self._summary = (
             f"training loss {now.loss:.3f}, top-1 {now.top1_error:.2f} %, {now.mean_images_per_s:,.0f} images/s, "
@@ -104,8 +114,15 @@ class Journal:
     def eval(self, errors: Errors, step: int, epoch: int) -> None:
         if self._log:
             self._log.eval(step=step, epoch=epoch, crops="centre", **asdict(errors))
+        if self._board:
+            self._board.eval({"step": step, **asdict(errors)})
         if self._display:
             self._display.evaluated(errors.top1_error)
+
+    def look(self, model: AlexNet, dtype: torch.dtype, step: int) -> None:
+        """At the whole net, as it was evaluated; it is left in evaluation mode."""
+        if self._board:
+            self._board.look(model, dtype, step)
 
     def event(self, name: str, **fields: Any) -> None:
         if self._log:
@@ -123,3 +140,5 @@ class Journal:
     def close(self) -> None:
         if self._log:
             self._log.close()
+        if self._board:
+            self._board.close()

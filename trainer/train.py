@@ -45,6 +45,7 @@ from trainer.recipe import Recipe, to_dict
 from trainer.resume import EPOCH, check_resumable, choose_streams, find_resumed, load_resumed
 from trainer.runlog import BEST, CHECKPOINTS, LAST
 from trainer.tally import Tally
+from trainer.tensorboard import Board, open_board
 from trainer.weights import list_classes
 
 LOG_STEPS = 20  # a record every so many steps, and at the end of each epoch
@@ -73,6 +74,7 @@ class Job:
     parallel: Parallel = DATA
     restart_epoch: bool = False
     voice: Voice = "words"
+    tensorboard: bool = False
 
 
 def run_rank(job: Job) -> int:
@@ -132,10 +134,13 @@ class _Run:
         )
         self.journal = Journal(
             ranks, job.runs, job.name, self._config(), self.colors, resume=self.resume, step=self.step,
-            voice=job.voice,
+            voice=job.voice, make_board=self._open_board if job.tensorboard else None,
         )  # fmt: skip
         if saved and saved["is_best"]:  # killed between saving and marking, perhaps
             self._mark(BEST)
+
+    def _open_board(self, run: Path) -> Board:
+        return open_board(run, self.shards, self.colors, self.job.recipe, self.step if self.resume else None)
 
     def _start_from(self, model: AlexNet) -> None:
         assert self.job.weights is not None
@@ -260,10 +265,12 @@ class _Run:
         if self.eval_loader is not None:
             self.journal.evaluating(epoch)
             num_images, schedule = self.shards.num_samples("val"), self.learner.schedule
-            errors = evaluate(self.learner.whole_model(), self.eval_loader, self.ranks, self.learner.dtype, num_images)
+            model, dtype = self.learner.whole_model(), self.learner.dtype
+            errors = evaluate(model, self.eval_loader, self.ranks, dtype, num_images)
             is_best = errors.top1_error < self.best_error
             self.best_error = min(self.best_error, errors.top1_error)
             self.journal.eval(errors, self.step, epoch)
+            self.journal.look(model, dtype, self.step)
             best = "" if is_best else f" (best {self.best_error:.2f} %)"
             result = f"top-1 error {errors.top1_error:.2f} %{best}, top-5 {errors.top5_error:.2f} %, "
             cut_before = schedule.rate(epoch, 0, 1)

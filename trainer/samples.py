@@ -1,0 +1,93 @@
+"""A few validation images that a net is asked about again and again while it trains.
+
+The decision that shaped it: they are read from the shards by their offset and finished as the loaders finish theirs
+(the central crop), without a graph of their own, so that looking at them costs a batch of eight and no start-up. Left
+out: neighbours and the pictures of a report (examples.py).
+"""
+
+from dataclasses import dataclass
+from typing import BinaryIO
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pipeline.colorstats import ColorStats
+from pipeline.errors import UserError
+from pipeline.finish import CENTRE_PX, Transform, Views
+from pipeline.hostfinish import CpuFinisher
+from pipeline.hostpixels import decode_into
+from pipeline.kernel import load_kernel
+from pipeline.shardset import ENDINGS, ShardSet
+from trainer.evaluate import log_probabilities
+from trainer.model import AlexNet
+from trainer.predict import Guess, find_best
+from trainer.recipe import Recipe
+from trainer.weights import Classes
+
+NUM_SAMPLES = 8  # paper, figure 4
+
+
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """N images: central crops uint8 (N, 224, 224, 3); as the net sees them, float32 (N, 3, 224, 224); classes (N,)."""
+
+    pixels: NDArray[np.uint8]
+    images: Tensor
+    labels: list[int]
+    classes: Classes
+
+    @torch.no_grad()
+    def ask(self, model: AlexNet, dtype: torch.dtype) -> list[tuple[Guess, ...]]:
+        """The five likeliest classes of each, by the model as it is; it is left in evaluation mode."""
+        model.eval()
+        device = next(model.parameters()).device
+        outputs = log_probabilities(model, self.images.to(device), dtype).cpu()
+        return [find_best(row, self.classes) for row in outputs]
+
+
+def read_samples(shards: ShardSet, colors: ColorStats, recipe: Recipe, num: int = NUM_SAMPLES) -> Samples | None:
+    """`num` validation images, evenly spaced over the split in the order of keys; None if there is none.
+
+    Raises UserError for shards that cannot be read here: damaged ones, or those behind a URL that are not fetched yet.
+    """
+    if not shards.num_samples("val"):
+        return None
+    total = shards.num_samples("val")
+    num = min(num, total)
+    stored, labels = np.empty((num, 256, 256, 3), np.uint8), []
+    for place in range(num):
+        image, label = _read_sample(shards, (2 * place + 1) * total // (2 * num))
+        if shards.manifest.encoding == "raw":
+            stored[place] = np.frombuffer(image, np.uint8).reshape(256, 256, 3)
+        else:
+            decode_into(np.frombuffer(image, np.uint8), stored[place])
+        labels.append(int(label))
+    transform = Transform(recipe.mean, None, False, False, recipe.unit_variance, "float32", "NHWC")
+    views = Views(torch.arange(num), torch.tensor([CENTRE_PX] * num), torch.zeros(num, dtype=torch.int64))
+    finisher = CpuFinisher(transform, colors, 1, load_kernel())
+    images = finisher.begin([torch.from_numpy(image) for image in stored].__getitem__, views, 1).result()
+    top, left = CENTRE_PX
+    crops = stored[:, top : top + 224, left : left + 224].copy()
+    return Samples(crops, images.clone(), labels, shards.manifest.classes)
+
+
+def _read_sample(shards: ShardSet, position: int) -> tuple[bytes, bytes]:
+    """The stored image and class of the validation image at `position`, through its shard's index."""
+    held = iter(shards.shards("val"))
+    while position >= (shard := next(held)).samples:
+        position -= shard.samples
+    tar = shards.root / shard.file
+    try:
+        row = tar.with_suffix(".idx").read_text(encoding="ascii").splitlines()[1 + position].split()
+        where = {ending: (int(offset), int(size)) for ending, offset, size, _ in zip(*[iter(row)] * 4, strict=True)}
+        with tar.open("rb") as file:
+            return _read(file, *where[ENDINGS[shards.manifest.encoding]]), _read(file, *where["cls"])
+    except (OSError, ValueError, LookupError) as error:
+        raise UserError(f"{tar}: a sample cannot be read ({error}); see `alexnet-prep verify`") from error
+
+
+def _read(file: BinaryIO, offset: int, size: int) -> bytes:
+    file.seek(offset)
+    return file.read(size)
