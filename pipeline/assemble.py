@@ -114,7 +114,13 @@ class FromHost:
         if "encoded" in outputs and views_per_image == 1 and self._finish.decodes:
             refuse = self._host.refuse
             return self._finish.begin_encoded(outputs["encoded"], views, lambda i, why: refuse(int(keys[i]), why))
-        tops = views.offset[:, 0].tolist() if views_per_image == 1 and self._host.reads_single_rows else None
+        if self._host.is_raw and views_per_image == 1 and self._finish.reads:
+            table, positions = self._host.table, self._host.find(keys)
+            assert table is not None
+            return self._finish.begin_stored(
+                *table.locate(positions), views, lambda i, why: table.refuse(positions[i], why)
+            )
+        tops = views.offset[:, 0].tolist() if views_per_image == 1 and self._host.is_raw else None
 
         def load(i: int) -> Tensor:
             image, array = self._host.scratch()

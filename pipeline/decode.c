@@ -13,7 +13,7 @@
 #error "not libjpeg-turbo"
 #endif
 
-enum { STORED_SIDE = 256, ROWS_AT_ONCE = 4, NOT_ALIGNED = 16 };
+enum { ROWS_AT_ONCE = 4, NOT_ALIGNED = 16 };
 
 typedef struct {
     struct jpeg_error_mgr base;

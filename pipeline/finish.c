@@ -5,11 +5,15 @@
    the memory that is about to be overwritten, and the reading costs as much as the arithmetic. */
 
 #include <emmintrin.h>
+#include <errno.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <stdio.h>
+#include <string.h>
 #include <tmmintrin.h>
+#include <unistd.h>
 
-enum { SIDE = 224, ROW = 3 * SIDE, PIXELS = SIDE * SIDE };
+enum { SIDE = 224, ROW = 3 * SIDE, PIXELS = SIDE * SIDE, STORED_SIDE = 256, ROWS_A_READ = 16, MESSAGE_BYTES = 200 };
 
 /* Mirror a row, five pixels at a time, from the last to the first; `to` has room for 16 bytes more. */
 static void flip_row(uint8_t *to, const uint8_t *from)
@@ -137,4 +141,47 @@ void finish(const uint8_t *pixels, ptrdiff_t stride, int is_flipped, const float
     for (int y = 0; y < SIDE; y++)
         finish_row(&view, pixels + y * stride, y);
     _mm_sfence();
+}
+
+/* 0, or an error's number; -1 for the end of the file. */
+static int read_all(int file, uint8_t *to, size_t size, off_t start)
+{
+    while (size) {
+        const ssize_t got = pread(file, to, size, start);
+        if (got < 0 && errno == EINTR)
+            continue;
+        if (got <= 0)
+            return got < 0 ? errno : -1;
+        to += got, start += got, size -= (size_t)got;
+    }
+    return 0;
+}
+
+/* The same of uncompressed images (256, 256, 3): image i begins at byte starts[i] of the open file files[i], its crop at
+   offsets[i] = (y, x); out + i images. A few rows are read at a time, into the second-level cache. Returns -1, or the
+   number of the first that cannot be read, and why in `message` (MESSAGE_BYTES). */
+int finish_stored(int num, const int32_t *files, const int64_t *starts, const int32_t (*offsets)[2],
+                  const int32_t *are_flipped, const float (*biases)[3], const float *mean_image, const float *factor,
+                  void *out, int is_nchw, int is_uint8, char *message)
+{
+    const size_t image_bytes = 3 * PIXELS * (is_uint8 ? 1 : sizeof(float));
+    uint8_t rows[ROWS_A_READ][3 * STORED_SIDE];
+    for (int i = 0; i < num; i++) {
+        View view;
+        begin_view(&view, are_flipped[i], biases[i], mean_image, factor, (char *)out + i * image_bytes, is_nchw,
+                   is_uint8);
+        for (int y = 0; y < SIDE; y++) {
+            if (y % ROWS_A_READ == 0) {
+                const off_t start = starts[i] + (off_t)(offsets[i][0] + y) * 3 * STORED_SIDE;
+                const int error = read_all(files[i], rows[0], sizeof rows, start);
+                if (error) {
+                    snprintf(message, MESSAGE_BYTES, "%s", error < 0 ? "the file ends there" : strerror(error));
+                    return i;
+                }
+            }
+            finish_row(&view, rows[y % ROWS_A_READ] + 3 * offsets[i][1], y);
+        }
+    }
+    _mm_sfence();
+    return -1;
 }

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.colorstats import ColorStats
@@ -73,25 +74,55 @@ class CpuFinisher:
     @property
     def decodes(self) -> bool:
         """Whether `begin_encoded` can be used."""
-        has_decoder = self._kernel is not None and self._kernel.decode is not None
-        return has_decoder and self._dtype in (torch.float32, torch.uint8)
+        return self.reads and self._kernel is not None and self._kernel.decode is not None
+
+    @property
+    def reads(self) -> bool:
+        """Whether `begin_stored` can be used."""
+        return self._kernel is not None and self._dtype in (torch.float32, torch.uint8)
 
     def begin_encoded(self, encoded: EncodedImages, views: Views, refuse: Refuse) -> Job[Tensor]:
         """(N, 3, 224, 224) of view n of JPEG n, decoded in the same pass; `refuse` makes the error of one."""
+        assert self._kernel is not None and self._kernel.decode is not None
+
+        def find(part: range) -> tuple[NDArray[Any], NDArray[Any]]:
+            images = [encoded[n] for n in part]
+            return (
+                np.array([image.data_ptr() for image in images], np.uint64),
+                np.array([image.shape()[0] for image in images], np.uint64),
+            )
+
+        return self._begin_parts(self._kernel.decode, find, views, refuse)
+
+    def begin_stored(
+        self, files: NDArray[np.int32], starts: NDArray[np.int64], views: Views, refuse: Refuse
+    ) -> Job[Tensor]:
+        """(N, 3, 224, 224) of view n of the pixels from byte starts[n] of open file files[n] on, read a few rows at a
+        time; `refuse` makes the error of one."""
+        assert self._kernel is not None
+        find = lambda part: (files[part.start : part.stop], starts[part.start : part.stop])  # noqa: E731
+        return self._begin_parts(self._kernel.finish_stored, find, views, refuse)
+
+    def _begin_parts(
+        self,
+        function: Callable[..., int],
+        find: Callable[[range], tuple[NDArray[Any], NDArray[Any]]],
+        views: Views,
+        refuse: Refuse,
+    ) -> Job[Tensor]:
+        """A call of C for each part of a batch; `find` gives its first two arrays."""
         num, out, biases = self._prepare(views)
         offset, flip = views.offset.to(torch.int32).contiguous(), views.flip.to(torch.int32).contiguous()
         bytes_per_image, at_once = _ROW * CROP_SIZE_PX * out.element_size(), self._share(num)
 
         def finish(first: int) -> None:
-            images = [encoded[n] for n in range(first, min(first + at_once, num))]
-            addresses = np.array([image.data_ptr() for image in images], np.uint64)
-            sizes = np.array([image.shape()[0] for image in images], np.uint64)
+            part = range(first, min(first + at_once, num))
+            one, other = find(part)
             message = ctypes.create_string_buffer(MESSAGE_BYTES)
-            assert self._kernel is not None and self._kernel.decode is not None
-            failed = self._kernel.decode(
-                len(images),
-                addresses.ctypes.data,
-                sizes.ctypes.data,
+            failed = function(
+                len(part),
+                one.ctypes.data,
+                other.ctypes.data,
                 offset.data_ptr() + first * 8,
                 flip.data_ptr() + first * 4,
                 biases.data_ptr() + first * 12,

@@ -31,14 +31,9 @@ class HostPixels:
     def __init__(self, shards: ShardSet, feed: Feed) -> None:
         """Raises UserError for a damaged index."""
         self._shards, self._feed = shards, feed
-        self._is_raw = shards.manifest.encoding == "raw"
+        self.is_raw = shards.manifest.encoding == "raw"
         self.table = SampleTable(shards, feed.split) if feed.decode == "stored" else None
         self._local = threading.local()
-
-    @property
-    def reads_single_rows(self) -> bool:
-        """Whether fewer rows take less time: a JPEG is decoded as a whole."""
-        return self._is_raw
 
     def begin(self, outputs: Mapping[str, Any], keys: Tensor) -> ReadRows:
         """For a batch of a graph's. Raises UserError for keys that no index has; so does what is given, for images."""
@@ -46,7 +41,7 @@ class HostPixels:
             encoded = outputs["encoded"]
             return lambda i, rows, top: self._decode(np.asarray(encoded[i]), keys, i, rows, top)
         table, positions = self.table, self.find(keys)
-        if self._is_raw:
+        if self.is_raw:
             return lambda i, rows, top: table.read_into(positions[i], rows.reshape(-1), top * ROW_BYTES)
         return lambda i, rows, top: self._decode(table.read(positions[i]), keys, i, rows, top)
 

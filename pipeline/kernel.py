@@ -27,6 +27,7 @@ class Kernel(NamedTuple):
     """The compiled functions, called with addresses: see finish.c and decode.c, which may be missing."""
 
     finish: Callable[..., None]
+    finish_stored: Callable[..., int]
     decode: Callable[..., int] | None
 
 
@@ -55,10 +56,11 @@ def load_kernel() -> Kernel | None:
     library = compile_library(_FOLDER / "decode.c", libraries=("-ljpeg",)) or compile_library(_FOLDER / "finish.c")
     if library is None:
         return None
-    finish, decode = library.finish, getattr(library, "decode", None)
+    finish, finish_stored, decode = library.finish, library.finish_stored, getattr(library, "decode", None)
     finish.argtypes = [_POINTER, ctypes.c_ssize_t, _INT, *[_POINTER] * 4, _INT, _INT]
     finish.restype = None
-    if decode is not None:
-        decode.argtypes = [_INT, *[_POINTER] * 8, _INT, _INT, _POINTER]
-        decode.restype = _INT
-    return Kernel(finish, decode)
+    for of_batches in (finish_stored, decode):
+        if of_batches is not None:
+            of_batches.argtypes = [_INT, *[_POINTER] * 8, _INT, _INT, _POINTER]
+            of_batches.restype = _INT
+    return Kernel(finish, finish_stored, decode)

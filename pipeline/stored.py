@@ -66,6 +66,18 @@ class SampleTable:
         """The tar of a sample. Raises UserError for a key that is in no index."""
         return self._tars[self._numbers[self.find(np.array([key]))[0]]]
 
+    def locate(self, positions: Sequence[int]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+        """Open files and where in them samples begin. Raises UserError for a tar that cannot be opened."""
+        numbers = self._numbers[list(positions)]
+        return np.array([self._open(int(number)) for number in numbers], np.int32), self._offsets[list(positions)]
+
+    def refuse(self, position: int, reason: str) -> UserError:
+        """The error of a sample that cannot be read."""
+        return UserError(
+            f"{self._tars[self._numbers[position]]}: sample {self._keys[position]:09d} cannot be read ({reason}); "
+            "restore it, or run `alexnet-prep shard` again with --force"
+        )
+
     def read(self, position: int) -> NDArray[np.uint8]:
         """The stored bytes of a sample, in memory of their own."""
         data = np.empty(self._sizes[position], np.uint8)
@@ -81,10 +93,7 @@ class SampleTable:
             more = os.preadv(self._open(number), [target.data[num_read:]], offset + num_read)
             num_read = num_read + more if more else -1
         if num_read != target.nbytes:
-            raise UserError(
-                f"{self._tars[number]}: ends within sample {self._keys[position]:09d}; restore it, or run "
-                "`alexnet-prep shard` again with --force"
-            )
+            raise self.refuse(position, "the file ends there")
 
     def _open(self, number: int) -> int:
         with self._lock:

@@ -86,6 +86,47 @@ def test_decoding_row_by_row_gives_the_bits_of_a_full_decode(colors, views, comp
     assert torch.equal(got, expected) and got.stride() == expected.stride()
 
 
+@pytest.fixture
+def stored(tmp_path):
+    """Three uncompressed images, the first at byte 512: an open file, where each begins, and the pixels."""
+    images = np.random.default_rng(5).integers(0, 256, (3, 256, 256, 3), np.uint8)
+    path = tmp_path / "raw.tar"
+    path.write_bytes(bytes(512) + images.tobytes())
+    with path.open("r+b") as file:
+        yield file, np.array([512 + n * images[0].nbytes for n in range(3)]), torch.from_numpy(images)
+
+
+@pytest.mark.parametrize(("dtype", "layout"), [*itertools.product(["float32", "uint8"], ["NCHW", "NHWC"])])
+@pytest.mark.parametrize("mean", ["image", "channel"])
+def test_reading_row_by_row_gives_the_bits_of_whole_images(colors, views, compiled, stored, mean, dtype, layout):
+    file, starts, images = stored
+    finisher = CpuFinisher(Transform(mean=mean, dtype=dtype, layout=layout), colors, 2, compiled)
+    assert finisher.reads
+    files, order = np.full(66, file.fileno(), np.int32), np.arange(66) % 3
+    got = finisher.begin_stored(files, starts[order], views, pytest.fail).result()
+    expected = finisher.begin(lambda n: images[n % 3], views).result()
+    assert torch.equal(got, expected) and got.stride() == expected.stride()
+
+
+@pytest.mark.parametrize("num_missing", [None, 33 * 768, 2 * 196_608], ids=["closed", "last rows", "two images"])
+def test_stored_pixels_that_cannot_be_read_are_refused_and_their_number_told(
+    colors, views, compiled, stored, num_missing
+):
+    file, starts, _ = stored
+    files = np.full(66, file.fileno(), np.int32)
+    order = np.where(np.arange(66) == 17, 2, 0)
+    if num_missing is None:
+        files[17] = -1
+    else:
+        file.truncate(512 + 3 * 196_608 - num_missing)
+    reason = "the file ends there" if num_missing else "Bad file descriptor"
+    job = CpuFinisher(Transform(), colors, 2, compiled).begin_stored(
+        files, starts[order], views, lambda n, why: UserError(f"image {n}: {why}")
+    )
+    with pytest.raises(UserError, match=f"image 17: {reason}"):
+        job.result()
+
+
 @pytest.mark.parametrize("options", [{}, {"dtype": "uint8"}, {"mean": "channel", "layout": "NHWC"}], ids=str)
 def test_without_the_codecs_headers_or_a_compiler_batches_are_the_same(make_train, monkeypatch, compiled, options):
     expected = record(make_train(**options))
