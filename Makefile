@@ -1,11 +1,11 @@
-# make setup | test | lint | format | demo | clean. `setup` runs by itself, once, until pyproject.toml or constraints.txt change.
+# make setup | test | lint | format | docs | demo | wheel | clean. `setup` runs by itself, once, until pyproject.toml or constraints.txt change.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO := demo
 
-.PHONY: setup test lint format demo clean
+.PHONY: setup test lint format docs demo wheel clean
 
 setup: $(STAMP)
 
@@ -22,14 +22,22 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/hadolint Dockerfile
 
 format: $(STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# The reference of all public functions, from their docstrings: site/index.html. Warnings and dead links are errors.
+docs: $(STAMP)
+	$(BIN)/python docs/reference.py site
+
+wheel: $(STAMP)
+	$(BIN)/python -m build --wheel
 
 # The main job on a synthetic set: about 3 minutes on two CPU cores.
 demo: $(STAMP)
 	PATH="$(CURDIR)/$(BIN):$$PATH" sh tools/demo.sh $(DEMO)
 
 clean:
-	rm -rf $(DEMO) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(DEMO) site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -96,6 +96,7 @@ class GatherAlong(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, dim: int, factor: float) -> Tensor:
+        """`x` of every rank, in the order of ranks, along `dim`."""
         ctx.dim, ctx.factor = dim, factor
         parts = all_gather(x, "activations")
         return parts.flatten(0, 1) if dim == 0 else torch.cat(parts.unbind(), dim)
@@ -103,6 +104,7 @@ class GatherAlong(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        """This rank's part of the gradients, summed over ranks, times `factor`; none for `dim` and `factor`."""
         world_size = dist.get_world_size()
         if ctx.dim == 0:
             parts = gradient.contiguous().unflatten(0, (world_size, -1))
@@ -121,6 +123,7 @@ class SumOfParts(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, part: Tensor, bias: Tensor) -> Tensor:
+        """(batch / ranks, outputs) of the sum, in float32 or more."""
         ctx.dtypes = part.dtype, bias.dtype
         part = part.to(torch.promote_types(part.dtype, torch.float32))  # outputs are few: sums of 16 bits save nothing
         return reduce_scatter(part.unflatten(0, (dist.get_world_size(), -1)), "activations") + bias
@@ -128,6 +131,7 @@ class SumOfParts(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """The whole batch's gradient of `part`, and that of `bias`."""
         whole = all_gather(gradient, "activations").flatten(0, 1) / dist.get_world_size()
         part_dtype, bias_dtype = ctx.dtypes
         return whole.to(part_dtype), whole.sum(0).to(bias_dtype)
