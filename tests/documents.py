@@ -92,14 +92,17 @@ class Misread(Exception):
 def check_command(words: Sequence[str]) -> None:
     """Read one command as its program would. Raises Misread."""
     words = [word.replace("$SLURM_ARRAY_TASK_ID", "1") for word in words]
+    settings = {}
     while words and re.fullmatch(r"\w+=.*", words[0]):
+        name, _, settings[name] = words[0].partition("=")
         words = words[1:]
-    if ">" in words:
-        words = words[: words.index(">")]
-    if not words:
-        return
+    for sign in (">", ">>"):
+        words = words[: words.index(sign)] if sign in words else words
     program, rest = Path(words[0]).name, words[1:]
-    if program in PROJECT["scripts"]:
+    completion = [name for name in settings if "_COMPLETE" in name]
+    if completion:
+        _check_completion(completion[0], settings[completion[0]], program)
+    elif program in PROJECT["scripts"]:
         _check_ours(program, rest)
     elif program == "torchrun":
         _check_torchrun(rest)
@@ -111,6 +114,8 @@ def check_command(words: Sequence[str]) -> None:
         _check_make(rest)
     elif program in ("pip", "pip3"):
         _check_pip(rest)
+    elif program == "source" and rest[0].startswith("<("):  # of what a command prints
+        check_command(shlex.split(" ".join(rest)[2:-1]))
     elif program not in FOREIGN:
         raise Misread(f"{shlex.join(words)}: the program is not known here (tests/documents.py)")
 
@@ -156,6 +161,15 @@ def _check_ours(script: str, words: list[str]) -> None:
         return  # --help and --version
     except click.ClickException as error:
         raise Misread(f"{script} {shlex.join(words)}: {error.format_message()}") from None
+
+
+def _check_completion(name: str, value: str, program: str) -> None:
+    if name != f"_{program.upper().replace('-', '_')}_COMPLETE" or value not in {
+        "bash_source",
+        "zsh_source",
+        "fish_source",
+    }:
+        raise Misread(f"{name}={value} {program}: not what click answers to")
 
 
 def _check_inner(words: list[str]) -> None:

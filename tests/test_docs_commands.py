@@ -26,7 +26,7 @@ from tests.documents import (
 
 BLOCKS = read_blocks()
 # Flags in inline code that are other programs'.
-FOREIGN_FLAGS = {"--rdzv-id", "--nproc-per-node"}
+FOREIGN_FLAGS = {"--rdzv-id", "--nproc-per-node", "--build-arg", "--shm-size", "--time"}
 # What makes a documented command small. Appended, so that of a flag given twice the last counts; a flag in BECOMES
 # takes another value instead.
 BECOMES = {"--gpus": "0", "--classes": "4", "--train": "48", "--val": "16", "--samples-per-shard": "16",
@@ -92,6 +92,9 @@ def test_a_block_is_found_with_its_tag_and_one_without_has_none():
         ("make tests", "no target tests"),
         ("pip install 'alexnet-dali[s4]'", "no extra s4"),
         ("nobody --knows this", "not known here"),
+        ("_ALEXNET_TRAIN_COMPLETE=bash_source alexnet-eval >> there", "not what click answers to"),
+        ("source <(_ALEXNET_TRAIN_COMPLETED=bash_source alexnet-train)", "not what click answers to"),
+        ("docker run --gpus all alexnet-dali alexnet-prep doctors", "no such command"),
     ],
 )
 def test_a_command_that_its_program_would_not_take_is_found(command, complaint):

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 @click.group(cls=console.Group, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
-@click.version_option(package_name="alexnet-dali", prog_name="alexnet-prep")
+@click.version_option(package_name="alexnet-dali")
 def group() -> None:
     """Prepare ImageNet for training: images -> shards, shards -> colour statistics."""
 

@@ -23,7 +23,7 @@ _NEWEST = "newest"
 
 
 def _add_common_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    version = click.version_option(package_name="alexnet-dali", prog_name="alexnet-dali")
+    version = click.version_option(package_name="alexnet-dali")
     shards = click.option("--shards", envvar="ALEXNET_SHARDS", show_envvar=True, type=click.Path(),
                           show_default="the run's own, else ./shards",
                           help="Folder of shards, or its URL (s3://bucket/prefix).")  # fmt: skip
@@ -233,6 +233,7 @@ def _read_config(run: Path) -> dict[str, Any]:
 
 
 @click.command(cls=console.Command, context_settings=_SETTINGS)
+@click.version_option(package_name="alexnet-dali")
 @click.argument("runs_asked", metavar="RUN...", nargs=-1, required=True)
 @click.option("--runs", default="runs", envvar="ALEXNET_RUNS", show_envvar=True, type=click.Path(path_type=Path),
               help="Folder of runs.")  # fmt: skip

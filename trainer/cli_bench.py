@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @click.command(cls=console.Command, context_settings=_SETTINGS)
-@click.version_option(package_name="alexnet-dali", prog_name="alexnet-dali")
+@click.version_option(package_name="alexnet-dali")
 @click.argument("what", type=click.Choice(["loader", "step", "train"]), default="loader")
 @click.option("--shards", envvar="ALEXNET_SHARDS", show_envvar=True, type=click.Path(),
               show_default="./shards; step needs none", help="Folder of shards, or its URL.")  # fmt: skip

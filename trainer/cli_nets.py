@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from trainer.predict import Guess, Prediction
     from trainer.weights import Weights
 
-_VERSION = click.version_option(package_name="alexnet-dali", prog_name="alexnet-dali")
+_VERSION = click.version_option(package_name="alexnet-dali")
 _RUNS = click.option("--runs", default="runs", envvar="ALEXNET_RUNS", show_envvar=True,
                      type=click.Path(path_type=Path), help="Folder of runs.")  # fmt: skip
 _CHECKPOINT = click.option("--checkpoint", default="best", metavar="best|last|PATH",
