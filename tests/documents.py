@@ -138,11 +138,15 @@ def list_flags() -> dict[str, set[str]]:
     flags = {}
     for script in PROJECT["scripts"]:
         command = find_command(script)
-        flags[script] = {option for parameter in command.params for option in parameter.opts}
+        flags[script] = _list_options(command)
         if isinstance(command, click.Group):
             for name, inner in command.commands.items():
-                flags[f"{script} {name}"] = {option for parameter in inner.params for option in parameter.opts}
+                flags[f"{script} {name}"] = _list_options(inner)
     return flags
+
+
+def _list_options(command: click.Command) -> set[str]:
+    return {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
 
 
 def _check_ours(script: str, words: list[str]) -> None:
