@@ -37,7 +37,19 @@ DOCUMENTS = [
 ]
 TAG = re.compile(r"^<!-- (run(?: in \w+)?|parsed|text|program: \S+) -->$")
 FOREIGN = {"apt-get", "cd", "complete", "docker", "export", "git", "mkdir", "pre-commit", "source", "sudo"}
-FOREIGN |= {"aws", "kaggle", "nvidia-smi", "scancel", "squeue", "tar", "tensorboard", "wget", "xdg-open"}
+FOREIGN |= {
+    "aws",
+    "kaggle",
+    "nvidia-smi",
+    "scancel",
+    "scontrol",
+    "squeue",
+    "tar",
+    "tensorboard",
+    "test",
+    "wget",
+    "xdg-open",
+}
 
 
 @dataclass(frozen=True)

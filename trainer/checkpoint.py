@@ -17,8 +17,9 @@ import os
 import pickle
 import shutil
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import torch
 
@@ -29,29 +30,29 @@ _PLAIN = (str, bytes, int, float, bool, type(None))
 _NO_COMMENT = b"\0\0"  # a zip archive ends in the length of its comment and the comment
 _MARK = b"sha256 "
 _COMMENT_BYTES = len(_MARK) + 64
+_CHUNK_BYTES = 16 << 20
 # What torch raises on a sound file with senseless contents: that, too, ends in one line and not in a traceback.
 _SENSELESS = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, EOFError, OverflowError, AssertionError)
 
 
-def save(path: Path, state: dict[str, Any]) -> None:
+def save(path: Path, state: dict[str, Any], progress: Callable[[], None] | None = None) -> None:
     """Write `state` to `path`: readers see the old checkpoint or the whole new one, also after a power cut.
 
-    Adds the `schema` field. Needs host memory for one copy of the state. The temporary file has a fixed name
-    (`.NAME.tmp`), so that a run killed while saving leaves at most one, which its next save replaces.
+    Adds the `schema` field. Needs no memory to speak of: tensors go to the file as they lie. `progress` is called after
+    every 16 MiB. The temporary file's name follows from the path's (`.NAME.tmp`), so that the next save to it replaces
+    what a killed one has left.
 
     Raises OSError, with the path, when writing fails (a full disk): `path` is then as it was and no temporary file is
     left. Raises TypeError for a value that `load` would refuse.
     """
     state = {**state, "schema": CHECKPOINT_SCHEMA}
     _check_plain(state, "state")
-    serialised = io.BytesIO()  # in memory first: torch's writer turns a failed write into an unrelated RuntimeError
-    torch.save(state, serialised)
-    _seal(serialised)
     temporary = _temporary(path)
     try:
-        with temporary.open("wb") as file:
-            file.write(serialised.getbuffer())
-            file.flush()
+        with temporary.open("wb", buffering=0) as file:
+            sealing = Sealing(file, progress)
+            torch.save(state, cast(BinaryIO, sealing))  # all that it calls is write and flush
+            sealing.seal()
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
@@ -123,14 +124,48 @@ def link(source: Path, target: Path) -> None:
     _sync_folder(target.parent)
 
 
-def _seal(archive: io.BytesIO) -> None:
-    """Append to torch's zip archive, as its comment, the SHA-256 of all bytes before the digest's own."""
-    archive.seek(-len(_NO_COMMENT), os.SEEK_END)
-    if archive.read() != _NO_COMMENT:
-        raise RuntimeError("torch.save ended its archive with a comment; there is no room for the checksum")
-    archive.seek(-len(_NO_COMMENT), os.SEEK_END)
-    archive.write(_COMMENT_BYTES.to_bytes(2, "little") + _MARK)
-    archive.write(hashlib.sha256(archive.getbuffer()).hexdigest().encode())
+class Sealing:
+    """What torch writes its zip archive to: into `file`, and at the end, as the archive's comment, the SHA-256 of all
+    bytes before the digest's own."""
+
+    def __init__(self, file: BinaryIO | io.RawIOBase, progress: Callable[[], None] | None = None) -> None:
+        self._file, self._progress = file, progress
+        self._digest, self._held = hashlib.sha256(), b""
+        self._error: OSError | None = None
+
+    def write(self, data: bytes | memoryview) -> int:
+        """Never fails: torch's writer turns an exception into an unrelated one. `seal` raises what went wrong."""
+        view = memoryview(data).cast("B")
+        joined = self._held + bytes(view[-len(_NO_COMMENT) :])
+        if len(view) >= len(_NO_COMMENT):
+            self._write(memoryview(self._held))
+            self._write(view[: -len(_NO_COMMENT)])
+        else:
+            self._write(memoryview(joined)[: -len(_NO_COMMENT)])
+        self._held = joined[-len(_NO_COMMENT) :]  # to be replaced, if these are the archive's last
+        return len(view)
+
+    def flush(self) -> None:
+        """For torch; nothing is buffered but the last two bytes."""
+
+    def seal(self) -> None:
+        """Raises the OSError of the first write that failed."""
+        if self._held != _NO_COMMENT:
+            raise RuntimeError("torch.save ended its archive with a comment; there is no room for the checksum")
+        self._write(memoryview(_COMMENT_BYTES.to_bytes(2, "little") + _MARK))
+        self._write(memoryview(self._digest.hexdigest().encode()))
+        if self._error is not None:
+            raise self._error
+
+    def _write(self, view: memoryview) -> None:
+        self._digest.update(view)
+        while self._error is None and len(view):
+            try:
+                view = view[self._file.write(view[:_CHUNK_BYTES]) or 0 :]
+            except OSError as error:
+                self._error = error
+            if self._progress is not None:
+                self._progress()
 
 
 def _broken_seal(data: bytes) -> str | None:

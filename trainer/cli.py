@@ -13,6 +13,7 @@ import click
 from pipeline import console
 from pipeline.errors import UserError
 from trainer.cli_ranks import add_rank_options, check_divisible, choose_devices, choose_parallel, count_ranks
+from trainer.cli_safety import AUTO, add_safety_options, check_same, choose_safety, find_begun
 from trainer.recipe import RECIPES, from_dict, override
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ def choose_feeding(**given: Any) -> dict[str, Any]:
 @_add_common_options
 @add_feed_options
 @add_rank_options
+@add_safety_options
 @click.option("--recipe", "recipe_name", type=click.Choice(list(RECIPES)), show_default="paper",
               help="Network, data and optimisation as one name.")  # fmt: skip
 @click.option("--epochs", type=click.IntRange(min=1), show_default="the recipe's", help="Epochs at the most.")
@@ -80,8 +82,9 @@ def choose_feeding(**given: Any) -> dict[str, Any]:
 @click.option("--lr", type=click.FloatRange(min=0, min_open=True), show_default="the recipe's", help="Learning rate.")
 @click.option("--seed", type=click.IntRange(min=0), show_default="0", help="Seed of weights, order and draws.")
 @click.option("--name", show_default="the recipe's name", help="Name of the run's folder; a number is added if taken.")
-@click.option("--resume", is_flag=False, flag_value=_NEWEST, metavar="[RUN]", show_default=False,
-              help="Go on with RUN (a name or folder); without RUN, with the newest of that --name.")  # fmt: skip
+@click.option("--resume", is_flag=False, flag_value=_NEWEST, metavar="[RUN|auto]", show_default=False,
+              help="Go on with RUN (a name or folder); without RUN, with the newest of that --name; auto: with that if "
+                   "there is one, else begin it, so that the same command does both.")  # fmt: skip
 @click.option("--weights", "weights_text", metavar="RUN|FILE", show_default=False,
               help="Start from the net of a run, or in a file (of alexnet-export, torchvision's, Caffe's); its recipe "
                    "is the default.")  # fmt: skip
@@ -121,6 +124,8 @@ def _train(
     quiet: bool,
     json_logs: bool,
     tensorboard: bool | None,
+    checkpoint_minutes: float | None,
+    keep_checkpoints: int | None,
 ) -> int:
     """Train AlexNet on shards, as the 2012 paper did.
 
@@ -134,11 +139,10 @@ def _train(
     given = {"epochs": epochs, "global_batch_size": global_batch_size, "lr": lr}
     changes = [f"{field}={value}" for field, value in given.items() if value is not None] + list(settings)
     folder, weights_path, weights = None, None, None
-    feeding: dict[str, Any] = {}
-    saved_parallel: dict[str, Any] = {}
+    config: dict[str, Any] = {}
     if restart_epoch and not resume:
         raise click.UsageError("--restart-epoch needs --resume: it goes back to the end of a run's last whole epoch")
-    if resume:
+    if resume and resume != AUTO:
         fixed = {"--recipe": recipe_name, "--seed": seed, "--lr": lr, "--global-batch-size": global_batch_size,
                  "--set": settings or None, "--weights": weights_text}  # fmt: skip
         clash = [flag for flag, value in fixed.items() if value is not None]
@@ -146,14 +150,17 @@ def _train(
             raise click.UsageError(f"--resume goes on with the run's own settings; leave out {', '.join(clash)}")
         folder = _find_run(runs, resume, name or "paper")
         config = _read_config(folder)
-        recipe, seed, shards = from_dict(config["recipe"]), config["seed"], shards or config["shards"]
-        feeding, saved_parallel = config.get("feeding", {}), config.get("parallel", {})
+        recipe, seed = from_dict(config["recipe"]), config["seed"]
     else:
         recipe = RECIPES[recipe_name or "paper"]
         if weights_text:
             weights_path, weights = _read_weights(runs, weights_text)
             recipe = RECIPES[recipe_name] if recipe_name else weights.recipe
     recipe = override(recipe, changes)
+    if resume == AUTO and (folder := find_begun(runs, name or recipe.name)):
+        config = _read_config(folder)
+        check_same(folder, config, recipe, seed or 0, weights_path is not None)
+    shards = shards or config.get("shards", "shards")
     if weights:
         from trainer.finetune import check_fits
 
@@ -163,14 +170,15 @@ def _train(
     from pipeline.colorstats import ColorStats
     from pipeline.shardset import ShardSet
 
-    opened = ShardSet.open(shards or "shards", cache_dir=cache_dir, cache_gib=cache_gib)
+    opened = ShardSet.open(shards, cache_dir=cache_dir, cache_gib=cache_gib)
     ColorStats.load(opened.root, opened.fingerprint)  # a fault in the data is told before any rank starts
     from trainer.distributed import under_launcher
     from trainer.feed import Feeding
+    from trainer.job import Job
     from trainer.launch import launch, run_as_rank
-    from trainer.train import Job, run_rank
+    from trainer.train import run_rank
 
-    feeding |= choose_feeding(
+    feeding = config.get("feeding", {}) | choose_feeding(
         decode=decode, host_share=host_share, hw_decoder_load=hw_decoder_load, prefetch_batches=prefetch_batches,
         cache=cache,
     )  # fmt: skip
@@ -183,7 +191,7 @@ def _train(
     check_divisible(recipe, world_size)
     asked = {"mode": parallel, "gradients": gradients, "bucket_mib": bucket_mib}
     job = Job(
-        shards=shards or "shards",
+        shards=shards,
         runs=runs,
         name=name or recipe.name,
         recipe=recipe,
@@ -196,11 +204,17 @@ def _train(
         cache_gib=cache_gib,
         feeding=Feeding(**feeding),
         parallel=choose_parallel(
-            recipe, opened.num_classes, world_size, use_gpu=use_gpu, asked=asked, saved=saved_parallel
+            recipe, opened.num_classes, world_size, use_gpu=use_gpu, asked=asked, saved=config.get("parallel", {})
         ),
         restart_epoch=restart_epoch,
         voice=voice,
         tensorboard=write_events,
+        or_new=resume == AUTO,
+        safety=choose_safety(
+            config.get("safety", {}),
+            checkpoint_minutes=checkpoint_minutes,
+            keep_checkpoints=keep_checkpoints,
+        ),
     )
     if under_launcher():
         return run_as_rank(run_rank, job)

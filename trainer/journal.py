@@ -5,10 +5,11 @@ keeps quiet, so that the loop has no branches about it. Left out: the formats (r
 checkpoints.
 """
 
+import errno
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -20,7 +21,7 @@ from trainer.distributed import Ranks, gather
 from trainer.evaluate import Errors
 from trainer.gpuload import read_gpu_load
 from trainer.model import AlexNet
-from trainer.runlog import ENVIRONMENT, METRICS, MetricsLog, create_run, environment, write_config
+from trainer.runlog import ENVIRONMENT, METRICS, MetricsLog, create_run, environment, lock_run, write_config
 from trainer.tensorboard import Board
 
 
@@ -37,26 +38,31 @@ class Journal:
         *,
         resume: Path | None,
         step: int,
+        epoch: int,
         voice: Voice = "words",
         make_board: Callable[[Path], Board] | None = None,
     ) -> None:
-        """A new run's folder with `config` and `colors`, or that of the run to `resume`, cut after `step`.
+        """A new run's folder with `config` and `colors`, or that of the run to `resume`, cut after `step` in `epoch`.
 
         With the voice "json", what is logged is printed, too; `make_board`: TensorBoard's, for the run's folder.
+        Raises UserError if another process trains in the folder.
         """
         self._log: MetricsLog | None = None
+        self._lock: BinaryIO | None = None
         self._board: Board | None = None
         self._display: TrainDisplay | None = None
-        self._summary, self._device, self._voice = "", ranks.device, voice
+        self._summary, self._device, self._voice, self._is_full = "", ranks.device, voice, False
         folder = resume or Path()
         if ranks.is_first:
             if not resume:
                 folder = create_run(runs, name)
+            self._lock = lock_run(folder)
+            if not resume:
                 colors.save(folder)  # with the class names in `config`: the net can be used without its shards
                 write_config(folder, config)
             write_json(folder / ENVIRONMENT, environment())
             self._log = MetricsLog.open(
-                folder / METRICS, step if resume else None, print_line if voice == "json" else None
+                folder / METRICS, step if resume else None, print_line if voice == "json" else None, epoch=epoch
             )
             self._board = make_board(folder) if make_board else None
         self.folder: Path = gather(folder, ranks)[0]
@@ -98,7 +104,7 @@ class Journal:
             record["gpu_memory_bytes"] = load.memory_bytes
             if load.utilisation is not None:
                 record["gpu_utilisation"] = load.utilisation
-        self._log.train(**record)
+        self._write(self._log.train, **record)
         if self._board:
             self._board.train(record)
         now = self._display.record(record)
@@ -113,7 +119,7 @@ class Journal:
 
     def eval(self, errors: Errors, step: int, epoch: int) -> None:
         if self._log:
-            self._log.eval(step=step, epoch=epoch, crops="centre", **asdict(errors))
+            self._write(self._log.eval, step=step, epoch=epoch, crops="centre", **asdict(errors))
         if self._board:
             self._board.eval({"step": step, **asdict(errors)})
         if self._display:
@@ -126,7 +132,22 @@ class Journal:
 
     def event(self, name: str, **fields: Any) -> None:
         if self._log:
-            self._log.event(name, **fields)
+            self._write(self._log.event, name=name, **fields)
+
+    def _write(self, write: Callable[..., None], **record: Any) -> None:
+        """Log a line; on a full disk it waits in memory, for the next line or checkpoint to take it along."""
+        try:
+            write(**record)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            if not self._is_full:
+                warn(
+                    f"warning: {self.folder / METRICS}: {error.strerror}; its lines wait in memory until there is room"
+                )
+            self._is_full = True
+        else:
+            self._is_full = False
 
     def epoch_done(self, epoch: int, result: str) -> None:
         if self._display:
@@ -142,3 +163,5 @@ class Journal:
             self._log.close()
         if self._board:
             self._board.close()
+        if self._lock:
+            self._lock.close()

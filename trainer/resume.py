@@ -6,6 +6,7 @@ another number of them is refused there, with the way back to the epoch's start.
 (train.py).
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,9 +16,10 @@ from pipeline.shardset import ShardSet
 from trainer import checkpoint
 from trainer.distributed import Ranks, gather, launch_id, restart_count
 from trainer.runlog import CHECKPOINTS, CONFIG, LAST, read_config
+from trainer.saving import list_steps
 
 if TYPE_CHECKING:
-    from trainer.train import Job
+    from trainer.job import Job
 
 EPOCH = "epoch.pt"  # in a run's checkpoints: that of the end of its last whole epoch
 
@@ -45,8 +47,11 @@ def find_launched(runs: Path, launch: str | None) -> Path | None:
     return next((path for path in made if read_config(path).get("launch_id") == launch), None)
 
 
-def load_resumed(job: "Job", folder: Path | None) -> dict[str, Any] | None:
-    """The checkpoint to go on from; None for a new run, and for one that died before its first checkpoint."""
+def load_resumed(job: "Job", folder: Path | None, warn: Callable[[str], None]) -> dict[str, Any] | None:
+    """The checkpoint to go on from; None for a new run, and for one that died before its first checkpoint.
+
+    The newest that is whole: `warn` is told of those that are not. Raises UserError if none is.
+    """
     if folder is None:
         return None
     if job.restart_epoch and not restart_count():
@@ -54,8 +59,29 @@ def load_resumed(job: "Job", folder: Path | None) -> dict[str, Any] | None:
         if not path.is_file():
             raise UserError(f"{folder}: no epoch of it has ended, so there is none to restart from; start a new run")
         return checkpoint.load(path)
-    path = folder / CHECKPOINTS / LAST
-    return checkpoint.load(path) if job.resume is not None or path.is_file() else None
+    saved = list_saved(folder / CHECKPOINTS)
+    if not saved and (job.or_new or job.resume is None):
+        return None
+    problems: list[UserError] = []
+    for path in saved or [folder / CHECKPOINTS / LAST]:
+        try:
+            state = checkpoint.load(path)
+        except UserError as error:
+            problems.append(error)
+        else:
+            for problem in problems:
+                what, _, _ = str(problem).rpartition("; ")  # without the remedy: it is being taken
+                warn(f"warning: {what}; using {path}, of step {state['step']}, in its place")
+            return state
+    raise problems[0]
+
+
+def list_saved(folder: Path) -> list[Path]:
+    """A run's checkpoints to go on from, the one to try first at the front: last.pt, then by step."""
+    last, steps = folder / LAST, list(list_steps(folder).values()) if folder.is_dir() else []
+    if not last.is_file():
+        return steps
+    return [last, *(path for path in steps if not path.samefile(last))]
 
 
 def check_resumable(saved: dict[str, Any], folder: Path | None, shards: ShardSet, ranks: Ranks) -> None:

@@ -6,6 +6,7 @@ its checkpoint. A number that is not finite is written as null. Left out: checkp
 (figures.py), what the screen shows (display.py) and the record of the surroundings (environment.py).
 """
 
+import fcntl
 import json
 import math
 import os
@@ -22,6 +23,7 @@ from trainer.environment import environment as environment  # one door for the j
 
 CONFIG, ENVIRONMENT, METRICS = "config.json", "environment.json", "metrics.jsonl"
 CHECKPOINTS, LAST, BEST = "checkpoints", "last.pt", "best.pt"
+_BUFFER_BYTES = 1 << 20  # lines are written one by one; while the disk is full, so much waits here
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 
 
@@ -90,22 +92,48 @@ def create_run(runs: Path, name: str) -> Path:
             return run
 
 
+def find_newest(runs: Path, name: str, holding: str) -> Path | None:
+    """The newest run called `name` (the highest number) with the file `holding` in it, if there is one."""
+    _check_name(name)
+    numbered = re.compile(re.escape(name) + r"(?:-([2-9]|[1-9]\d+))?")
+    folders = [run for run in _folders(runs) if (run / holding).is_file()]
+    matches = [(int(match[1] or 1), run) for run in folders if (match := numbered.fullmatch(run.name))]
+    return max(matches)[1] if matches else None
+
+
 def find_run(runs: Path, name: str) -> Path:
     """The newest run called `name` (the highest number) that has a checkpoint to resume from.
 
     Raises UserError, naming the runs that could be resumed, if there is none.
     """
-    _check_name(name)
+    newest = find_newest(runs, name, f"{CHECKPOINTS}/{LAST}")
+    if newest is not None:
+        return newest
     resumable = [run for run in _folders(runs) if (run / CHECKPOINTS / LAST).is_file()]
-    numbered = re.compile(re.escape(name) + r"(?:-([2-9]|[1-9]\d+))?")
-    matches = [(int(match[1] or 1), run) for run in resumable if (match := numbered.fullmatch(run.name))]
-    if matches:
-        return max(matches)[1]
     found = f"found {', '.join(run.name for run in resumable)}" if resumable else "found none"
     raise UserError(
         f"{runs}: no run called {name!r} with a checkpoint to resume from ({found}); "
         "name one with --resume RUN, or leave out --resume to begin a new one"
     )
+
+
+def lock_run(run: Path) -> BinaryIO | None:
+    """Keep other processes from training in `run` for as long as the file that this returns is open.
+
+    None where the file system has no locks. Raises UserError if another process trains there.
+    """
+    file = (run / ".lock").open("ab")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise UserError(
+            f"{run}: another process trains in it; wait for its end, or begin another run with --name"
+        ) from None
+    except OSError:
+        file.close()
+        return None
+    return file
 
 
 def resolve_run(runs: Path, text: str) -> Path:
@@ -160,23 +188,29 @@ class MetricsLog:
 
     @classmethod
     def open(
-        cls, path: Path, after_step: int | None, echo: Callable[[dict[str, Any]], None] | None = None
+        cls,
+        path: Path,
+        after_step: int | None,
+        echo: Callable[[dict[str, Any]], None] | None = None,
+        *,
+        epoch: int = sys.maxsize,
     ) -> "MetricsLog":
-        """A new log (`after_step` None), or that of a run resumed from its checkpoint at step `after_step`.
+        """A new log (`after_step` None), or that of a run resumed from its checkpoint at step `after_step` in `epoch`.
 
         `echo` is given every record that is written. On resumption the lines from the first one past `after_step` on
-        are cut, atomically, with a torn last line.
+        are cut, atomically, with a torn last line. So is the evaluation that ends `epoch`: a checkpoint of the epoch's
+        last step is from before it.
         Raises FileExistsError where a new log would overwrite one, and UserError where the old one is damaged.
         """
         if after_step is None:
-            return cls(path.open("xb"), echo)
+            return cls(path.open("xb", buffering=_BUFFER_BYTES), echo)
         kept = []
         for line, record in _parse(path) if path.exists() else []:
-            if record.get("step", 0) > after_step:
+            if record.get("step", 0) > after_step or (record["kind"] == "eval" and record["epoch"] >= epoch):
                 break
             kept.append(line + b"\n")
         write_atomic(path, b"".join(kept))
-        return cls(path.open("ab"), echo)
+        return cls(path.open("ab", buffering=_BUFFER_BYTES), echo)
 
     def __enter__(self) -> "MetricsLog":
         return self
@@ -199,7 +233,8 @@ class MetricsLog:
         self._write({"kind": "event", "name": name, **fields})
 
     def sync(self) -> None:
-        """Force the lines to the disk; to be called before a checkpoint is saved."""
+        """Force the lines to the disk; to be called before a checkpoint is saved. Any thread may."""
+        self._file.flush()
         os.fsync(self._file.fileno())
 
     def close(self) -> None:

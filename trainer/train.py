@@ -9,7 +9,7 @@ record is due. Left out: flags (cli.py), what learns (learner.py), what is read 
 import hashlib
 import math
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,9 @@ import torch
 from torch import Tensor
 
 from pipeline.colorstats import ColorStats
-from pipeline.console import Voice, set_voice
+from pipeline.console import set_voice, warn
 from pipeline.errors import UserError
 from pipeline.shardset import ShardSet
-from trainer import checkpoint
 from trainer.display import choose_display
 from trainer.distributed import (
     Ranks,
@@ -33,48 +32,22 @@ from trainer.distributed import (
     restart_count,
 )
 from trainer.evaluate import Errors, count_errors, evaluate, make_eval_loader
-from trainer.feed import Feeding, TrainFeed
+from trainer.feed import TrainFeed
 from trainer.finetune import Start, start_from
 from trainer.interchange import load_any
+from trainer.job import LOG_STEPS
+from trainer.job import Job as Job
 from trainer.journal import Journal
 from trainer.learner import Learner
 from trainer.model import AlexNet
-from trainer.parallel import DATA, Parallel
 from trainer.parallel import check as check_parallel
-from trainer.recipe import Recipe, to_dict
+from trainer.recipe import to_dict
 from trainer.resume import EPOCH, check_resumable, choose_streams, find_resumed, load_resumed
-from trainer.runlog import BEST, CHECKPOINTS, LAST
+from trainer.runlog import BEST, CHECKPOINTS
+from trainer.saving import Saver, list_steps
 from trainer.tally import Tally
 from trainer.tensorboard import Board, open_board
 from trainer.weights import list_classes
-
-LOG_STEPS = 20  # a record every so many steps, and at the end of each epoch
-
-
-@dataclass(frozen=True)
-class Job:
-    """One run as asked for. `resume`: the run folder to go on with, else a new one is made under `runs`;
-    `restart_epoch`: from the end of its last whole epoch, not from its last step.
-
-    `shards`: a folder or a URL; `cache_dir`, `cache_gib`: see ShardSet.open.
-    """
-
-    shards: str
-    runs: Path
-    name: str
-    recipe: Recipe
-    seed: int
-    use_gpu: bool
-    resume: Path | None = None
-    weights: Path | None = None  # a run's folder or a file to start from, see finetune.py
-    num_threads: int | None = None
-    cache_dir: str | None = None
-    cache_gib: float | None = None
-    feeding: Feeding = field(default_factory=Feeding)
-    parallel: Parallel = DATA
-    restart_epoch: bool = False
-    voice: Voice = "words"
-    tensorboard: bool = False
 
 
 def run_rank(job: Job) -> int:
@@ -84,6 +57,9 @@ def run_rank(job: Job) -> int:
         run = _Run(job, ranks)
         try:
             return run.train(stop)
+        except Exception:
+            run.saver.close()  # but not for a second SIGINT, which leaves at once
+            raise
         finally:
             run.journal.close()
 
@@ -103,7 +79,7 @@ class _Run:
                 f"{self.shards.root}: no validation images, but recipe {recipe.name} cuts its rate when their error "
                 "stalls; shard a source with val/, or use --set schedule=cosine"
             )
-        saved = load_resumed(job, self.resume)
+        saved = load_resumed(job, self.resume, warn if ranks.is_first else lambda _: None)
         check_alike(self._facts(saved), ranks)
         if saved:
             check_resumable(saved, self.resume, self.shards, ranks)
@@ -134,10 +110,16 @@ class _Run:
         )
         self.journal = Journal(
             ranks, job.runs, job.name, self._config(), self.colors, resume=self.resume, step=self.step,
-            voice=job.voice, make_board=self._open_board if job.tensorboard else None,
+            epoch=self.epoch, voice=job.voice, make_board=self._open_board if job.tensorboard else None,
         )  # fmt: skip
-        if saved and saved["is_best"]:  # killed between saving and marking, perhaps
-            self._mark(BEST)
+        self.saver = Saver(
+            self.journal.folder / CHECKPOINTS,
+            ranks,
+            keep=job.safety.keep_checkpoints,
+            minutes=job.safety.checkpoint_minutes,
+            before=self.journal.sync,
+            tell=self._tell_unsaved,
+        )
 
     def _open_board(self, run: Path) -> Board:
         return open_board(run, self.shards, self.colors, self.job.recipe, self.step if self.resume else None)
@@ -160,6 +142,7 @@ class _Run:
             "feeding": asdict(self.job.feeding),
             "weights": self.started_from and asdict(self.started_from),
             "parallel": asdict(self.job.parallel),
+            "safety": asdict(self.job.safety),
             "launch_id": launch_id(),
         }
 
@@ -172,6 +155,7 @@ class _Run:
             "--seed": str(self.job.seed),
             "--weights": str(self.job.weights),
             "--parallel": str(self.job.parallel),
+            "--checkpoint-minutes and the like": str(self.job.safety),
             "the step to resume from": str(saved["step"]) if saved else "0",
         }
 
@@ -205,6 +189,7 @@ class _Run:
                     stopped = f"{where}; go on with: alexnet-train --resume {self.journal.folder}"
                     break
                 self._end_epoch()
+            self.saver.finish()
         self.journal.end(status, self.step, stopped)
         return status
 
@@ -227,22 +212,27 @@ class _Run:
             self.journal.stepped(self.epoch, in_epoch)
             num_timed += len(batch.labels) * self.ranks.world_size
             if in_epoch % LOG_STEPS == 0 or in_epoch == num_steps:
-                record = self._take_sums()
+                self.saver.check()
+                record, is_due = self._take_sums(self.saver.is_due())
                 now_s = time.perf_counter()
                 took_s = now_s - since_s
                 self.time_s += took_s
                 self._record(record, num_timed / took_s, waited_s / took_s)
                 since_s, waited_s, num_timed = now_s, 0.0, 0
+                if is_due and in_epoch < num_steps:
+                    self._save()
             status = stop.status()
             if status:
                 self.time_s += time.perf_counter() - since_s
                 return status
 
-    def _take_sums(self) -> Errors:
-        """What was summed since the last record, over all ranks; the sums begin anew."""
-        count, loss, wrong1, wrong5 = reduce_sum(self.sums, self.ranks).tolist()
+    def _take_sums(self, wish: bool) -> tuple[Errors, bool]:
+        """What was summed since the last record, over all ranks, and whether any has a wish; the sums begin anew."""
+        asked = torch.full((1,), float(wish), dtype=self.sums.dtype, device=self.sums.device)
+        *sums, num_wishes = reduce_sum(torch.cat((self.sums, asked)), self.ranks).tolist()
+        count, loss, wrong1, wrong5 = sums
         self.sums.zero_()
-        return Errors(int(count), loss / count, 100 * wrong1 / count, 100 * wrong5 / count)
+        return Errors(int(count), loss / count, 100 * wrong1 / count, 100 * wrong5 / count), num_wishes > 0
 
     def _record(self, got: Errors, rate: float, waited: float) -> None:
         self.journal.train(
@@ -281,23 +271,13 @@ class _Run:
                 result += f"{news}, "
         self.journal.epoch_done(epoch, result)
         self.epoch += 1
-        self._save(is_best)
-        self._mark(EPOCH)
-        if is_best:
-            self._mark(BEST)
+        self._save(EPOCH, *([BEST] if is_best else []))
 
-    def _mark(self, name: str) -> None:
-        """Keep the last checkpoint under another name, too."""
-        if self.ranks.is_first:
-            folder = self.journal.folder / CHECKPOINTS
-            checkpoint.link(folder / LAST, folder / name)
-
-    def _save(self, is_best: bool = False) -> None:
+    def _save(self, *names: str) -> None:
+        """Begin to save; the checkpoint will have `names`, too."""
+        self.saver.wait()
         mine = {"loader": self.feed.state_dict(), "sums": self.sums.cpu(), "random": _random_state(self.ranks)}
         states, learnt = gather(mine, self.ranks), self.learner.state_dict()
-        if not self.ranks.is_first:
-            return
-        self.journal.sync()
         state = {
             **learnt,
             "recipe": to_dict(self.job.recipe),
@@ -309,10 +289,16 @@ class _Run:
             "epoch": self.epoch,
             "time_s": self.time_s,
             "best_error": self.best_error,
-            "is_best": is_best,
+            "is_best": BEST in names,
             "ranks": states,
         }
-        checkpoint.save(self.journal.folder / CHECKPOINTS / LAST, state)
+        self.saver.begin(state, self.step, names)
+
+    def _tell_unsaved(self, step: int, what: str) -> None:
+        kept = next(iter(list_steps(self.journal.folder / CHECKPOINTS)), None)
+        rest = f"that of step {kept} is kept" if kept is not None else "there is none before it"
+        warn(f"warning: no checkpoint of step {step}: {what}; {rest}, training goes on and will try again")
+        self.journal.event("checkpoint_failed", step=step, reason=what)
 
     def _restore(self, saved: dict[str, Any]) -> None:
         self.learner.load_state_dict(saved)

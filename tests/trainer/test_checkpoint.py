@@ -1,6 +1,7 @@
 """Checkpoints come back as they were saved, or are refused in one line; a failed save costs nothing."""
 
 import errno
+import hashlib
 import io
 import os
 import pickle
@@ -136,12 +137,25 @@ def test_torch_itself_reads_the_file(saved):
     assert same(torch.load(saved, weights_only=True), checkpoint.load(saved))
 
 
+@pytest.mark.parametrize("sizes", [(1, 1, 1, 41), (38, 1, 2, 3), (43, 1), (44,), (2, 42), (0, 44)])
+def test_the_seal_does_not_depend_on_how_the_bytes_come(sizes):
+    data, file = bytes(range(42)) + b"\0\0", io.BytesIO()
+    sealing, start = checkpoint.Sealing(file), 0
+    for size in sizes:
+        assert sealing.write(memoryview(data)[start : start + size]) == size
+        start += size
+    assert start == len(data)
+    sealing.seal()
+    body = data[:-2] + (71).to_bytes(2, "little") + b"sha256 "
+    assert file.getvalue() == body + hashlib.sha256(body).hexdigest().encode()
+
+
 def write_sealed(path, state):
     """A file as `checkpoint.save` makes it, of a state that `save` would not take."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    checkpoint._seal(buffer)
-    path.write_bytes(buffer.getvalue())
+    with path.open("wb") as file:
+        sealing = checkpoint.Sealing(file)
+        torch.save(state, sealing)
+        sealing.seal()
 
 
 class Evil:
@@ -171,10 +185,11 @@ def test_a_bare_pickle_is_refused_and_not_run(tmp_path):
 
 
 def test_a_sound_seal_on_senseless_contents_is_refused(tmp_path):
-    path, buffer = tmp_path / "odd.pt", io.BytesIO()
-    buffer.write(b"PK\x03\x04 no archive \0\0")
-    checkpoint._seal(buffer)
-    path.write_bytes(buffer.getvalue())
+    path = tmp_path / "odd.pt"
+    with path.open("wb") as file:
+        sealing = checkpoint.Sealing(file)
+        sealing.write(b"PK\x03\x04 no archive \0\0")
+        sealing.seal()
     assert "not a checkpoint" in refusal(path)
 
 

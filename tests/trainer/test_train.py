@@ -4,7 +4,6 @@
 """
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -16,73 +15,28 @@ import pytest
 import torch
 
 from pipeline.shardset import MANIFEST
+from tests.trainer.commands import (
+    DEADLINE_S,
+    NARROW,
+    assert_same_run,
+    environment,
+    read_records,
+    run,
+    start_training,
+)
 from trainer import checkpoint
-
-BIN = Path(sys.executable).parent
-TIMING = {"images_per_s", "data_wait_fraction", "time_s"}
-NARROW = ["--recipe", "demo", "--set", "width=0.0625", "--global-batch-size", "2", "--epochs", "3"]
-DEADLINE_S = 120
-
-
-def environment() -> dict[str, str]:
-    return {**{k: v for k, v in os.environ.items() if not k.startswith("ALEXNET_")}, "OMP_NUM_THREADS": "1"}
-
-
-def run(command: str, *arguments: object, cwd: Path, status: int = 0) -> subprocess.CompletedProcess:
-    words = [str(BIN / command), *map(str, arguments)]
-    done = subprocess.run(words, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == status, done.stderr
-    return done
-
-
-def start_training(shards: Path, cwd: Path, *arguments: object) -> subprocess.Popen:
-    words = [str(BIN / "alexnet-train"), "--shards", str(shards), *NARROW, *map(str, arguments)]
-    return subprocess.Popen(
-        words,
-        cwd=cwd,
-        env=environment(),
-        stderr=subprocess.PIPE,
-        text=True,
-        # a suite started in the background ignores SIGINT, and so would its children
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
-
-
-def read_records(run_folder: Path) -> list[dict]:
-    path = run_folder / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
-def without_timing(records: list[dict]) -> list[dict]:
-    return [{k: v for k, v in record.items() if k not in TIMING} for record in records if record["kind"] != "event"]
 
 
 def wait_for_middle_of_epoch_2(process: subprocess.Popen, run_folder: Path) -> None:
-    """Until a record of epoch 2 is written: with 32 steps an epoch, the one after its step 20."""
+    """Until a record of epoch 2 is written, the one after its step 20 of 32, and the checkpoint of epoch 1."""
     deadline = time.monotonic() + DEADLINE_S
-    while not any(record["kind"] == "train" and record["epoch"] == 2 for record in read_records(run_folder)):
+    last = run_folder / "checkpoints" / "last.pt"
+    while not last.is_file() or not any(
+        record["kind"] == "train" and record["epoch"] == 2 for record in read_records(run_folder)
+    ):
         assert process.poll() is None, process.stderr.read()
         assert time.monotonic() < deadline
         time.sleep(0.005)  # a poll, not a wait for something to have happened
-
-
-@pytest.fixture(scope="module")
-def finished(ready_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run of three epochs that nothing disturbed."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    run("alexnet-train", "--shards", ready_shards, *NARROW, cwd=folder)
-    return folder / "runs" / "demo"
-
-
-def model_of(run_folder: Path) -> dict[str, torch.Tensor]:
-    return checkpoint.load(run_folder / "checkpoints" / "last.pt")["model"]
-
-
-def assert_same_run(got: Path, expected: Path) -> None:
-    assert without_timing(read_records(got)) == without_timing(read_records(expected))
-    weights, expected_weights = model_of(got), model_of(expected)
-    assert all(torch.equal(weights[name], expected_weights[name]) for name in expected_weights)
 
 
 def test_a_run_leaves_config_environment_metrics_and_checkpoints(finished):
@@ -106,16 +60,6 @@ def test_the_best_checkpoint_is_the_one_of_the_lowest_error(finished):
     errors = [record["top1_error"] for record in read_records(finished) if record["kind"] == "eval"]
     best = checkpoint.load(finished / "checkpoints" / "best.pt")
     assert best["epoch"] - 1 == 1 + errors.index(min(errors)) and best["best_error"] == min(errors)
-
-
-def test_a_run_killed_in_epoch_2_and_resumed_equals_the_undisturbed_run(finished, ready_shards, tmp_path):
-    process = start_training(ready_shards, tmp_path)
-    wait_for_middle_of_epoch_2(process, tmp_path / "runs" / "demo")
-    process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=DEADLINE_S)
-    assert len(read_records(tmp_path / "runs" / "demo")) < len(read_records(finished))
-    run("alexnet-train", "--name", "demo", "--resume", cwd=tmp_path)
-    assert_same_run(tmp_path / "runs" / "demo", finished)
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -242,18 +186,39 @@ def test_a_batch_larger_than_the_set_and_an_unknown_field_are_told_with_the_reme
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_damaged_checkpoint_is_refused_and_changes_nothing(finished, tmp_path):
+def damage(path: Path) -> None:
+    contents = bytearray(path.read_bytes())
+    contents[len(contents) // 2] ^= 1
+    path.write_bytes(contents)
+
+
+def test_only_damaged_checkpoints_are_refused_and_nothing_is_changed(finished, tmp_path):
     copy = tmp_path / "runs" / "demo"
     shutil.copytree(finished, copy)
-    last = copy / "checkpoints" / "last.pt"
-    damaged = bytearray(last.read_bytes())
-    damaged[len(damaged) // 2] ^= 1
-    last.write_bytes(damaged)
+    for path in (copy / "checkpoints").glob("*.pt"):
+        damage(path)
     before = (copy / "metrics.jsonl").read_bytes()
     assert_refused(run("alexnet-train", "--resume", "demo", cwd=tmp_path, status=1), "error: ", "last.pt")
-    last.unlink()
+    (copy / "checkpoints" / "last.pt").unlink()
     assert_refused(run("alexnet-eval", "demo", "--checkpoint", "last", cwd=tmp_path, status=1), "error: ", "last.pt")
     assert (copy / "metrics.jsonl").read_bytes() == before
+
+
+def test_in_place_of_a_damaged_checkpoint_the_one_before_is_used_and_both_are_named(finished, tmp_path):
+    copy = tmp_path / "runs" / "demo"
+    shutil.copytree(finished, copy)
+    steps = ["step-00000032.pt", "step-00000064.pt", "step-00000096.pt"]
+    folder = copy / "checkpoints"
+    assert sorted(path.name for path in folder.glob("step-*")) == steps
+    for name in ("last.pt", steps[2]):
+        damage(folder / name)
+    errors = run("alexnet-train", "--resume", "demo", cwd=tmp_path).stderr
+    warnings = [line for line in errors.splitlines() if line.startswith("warning: ")]
+    assert [("last.pt" in line, steps[2] in line, f"{steps[1]}, of step 64" in line) for line in warnings] == [
+        (True, False, True),
+        (False, True, True),
+    ], errors
+    assert_same_run(copy, finished)
 
 
 def test_another_number_of_ranks_is_refused_inside_an_epoch_and_its_start_is_not(finished, tmp_path):

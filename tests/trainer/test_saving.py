@@ -1,0 +1,288 @@
+"""Saving beside training: what is copied, what is kept, when it is due, and what a failed or torn save costs."""
+
+import errno
+import io
+import json
+import os
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.errors import UserError
+from trainer import checkpoint
+from trainer.distributed import Ranks
+from trainer.journal import Journal
+from trainer.resume import list_saved
+from trainer.saving import Saver, Snapshot, list_steps
+
+ALONE = Ranks(0, 1, torch.device("cpu"))
+
+
+def make_state(value: float) -> dict:
+    weights = torch.full((3, 4, 2, 2), value).to(memory_format=torch.channels_last)
+    return {
+        "model": {"conv1.weight": weights, "conv1.bias": torch.full((3,), value)},
+        "optimizer": {"state": {0: {"velocity": torch.full((3,), -value)}}, "param_groups": [{"lr": 0.1}]},
+        "ranks": [{"sums": torch.zeros(4, dtype=torch.float64), "loader": {"step": 3}}],
+        "step": int(value),
+    }
+
+
+class Folder:
+    """A saver in a folder, what it told and what it asked."""
+
+    def __init__(self, path: Path, **changes) -> None:
+        self.path, self.told, self.now_s, self.num_alive = path, [], 0.0, 0
+        options = {"keep": 2, "minutes": 10, "before": lambda: None, "clock": lambda: self.now_s, **changes}
+        self.saver = Saver(path, ALONE, tell=lambda *what: self.told.append(what), alive=self.live, **options)
+
+    def live(self) -> None:
+        self.num_alive += 1
+
+    def save(self, step: int, *names: str) -> None:
+        self.saver.begin(make_state(step), step, names)
+        self.saver.wait()
+
+    def names(self) -> list[str]:
+        return sorted(path.name for path in self.path.iterdir())
+
+
+@pytest.fixture
+def folder(tmp_path) -> Folder:
+    return Folder(tmp_path)
+
+
+def test_a_snapshot_is_not_changed_by_what_is_done_in_place_afterwards():
+    snapshot, state = Snapshot(), make_state(1.0)
+    copy = snapshot.take(state)
+    for tensor in (state["model"]["conv1.weight"], state["ranks"][0]["sums"]):
+        tensor.add_(5)
+    assert (copy["model"]["conv1.weight"] == 1).all() and (copy["ranks"][0]["sums"] == 0).all()
+    assert copy["model"]["conv1.weight"].is_contiguous(memory_format=torch.channels_last)
+    assert copy["step"] == 1 and copy["optimizer"]["param_groups"] == [{"lr": 0.1}]
+
+
+def test_the_next_snapshot_lies_in_the_same_memory_unless_a_tensor_has_another_shape():
+    snapshot = Snapshot()
+    first, second = snapshot.take(make_state(1.0)), snapshot.take(make_state(2.0))
+    assert first["model"]["conv1.weight"].data_ptr() == second["model"]["conv1.weight"].data_ptr()
+    assert (second["model"]["conv1.weight"] == 2).all()
+    assert snapshot.take({"model": {"conv1.weight": torch.ones(7)}})["model"]["conv1.weight"].shape == (7,)
+
+
+def test_what_is_written_is_the_state_of_the_moment_though_training_goes_on_before_the_write(tmp_path):
+    may_write = threading.Event()
+    folder = Folder(tmp_path, before=may_write.wait)
+    state = make_state(1.0)
+    folder.saver.begin(state, 1)
+    state["model"]["conv1.weight"].fill_(9.0)
+    assert not folder.names()  # training has not waited
+    may_write.set()
+    folder.saver.wait()
+    saved = checkpoint.load(tmp_path / "last.pt")
+    assert (saved["model"]["conv1.weight"] == 1).all()
+
+
+def test_the_last_ones_are_kept_and_those_that_have_other_names(folder):
+    folder.save(10, "epoch.pt", "best.pt")
+    for step in (20, 30, 40):
+        folder.save(step)
+    assert folder.names() == ["best.pt", "epoch.pt", "last.pt", "step-00000030.pt", "step-00000040.pt"]
+    assert [checkpoint.load(folder.path / f"{name}.pt")["step"] for name in ("best", "epoch", "last")] == [10, 10, 40]
+    assert (folder.path / "last.pt").samefile(folder.path / "step-00000040.pt")
+
+
+def test_going_back_leaves_none_of_the_future_that_was_left(folder):
+    for step in (10, 20, 30):
+        folder.save(step)
+    Folder(folder.path).save(25)
+    assert list(list_steps(folder.path)) == [25, 20]
+    assert checkpoint.load(folder.path / "last.pt")["step"] == 25
+
+
+def test_a_save_is_due_by_the_clock_not_while_another_is_written_and_never_with_0(tmp_path):
+    may_write = threading.Event()
+    folder = Folder(tmp_path, before=may_write.wait)
+    assert not folder.saver.is_due()
+    folder.now_s = 600.0
+    assert folder.saver.is_due()
+    folder.saver.begin(make_state(1.0), 1)
+    folder.now_s = 6000.0
+    assert not folder.saver.is_due()
+    may_write.set()
+    folder.saver.wait()
+    assert folder.saver.is_due()
+    never = Folder(tmp_path, minutes=0)
+    never.now_s = 1e9
+    assert not never.saver.is_due()
+
+
+def test_a_full_disk_costs_that_save_alone_and_is_told(folder, monkeypatch):
+    folder.save(10)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
+        folder.save(20)
+    (step, what), *others = folder.told
+    assert (step, others) == (20, []) and "No space left on device" in what and "step-00000020.pt" in what
+    assert folder.names() == ["last.pt", "step-00000010.pt"]
+    assert checkpoint.load(folder.path / "last.pt")["step"] == 10
+    folder.save(30)
+    assert checkpoint.load(folder.path / "last.pt")["step"] == 30 and len(folder.told) == 1
+
+
+def test_a_last_save_that_fails_is_an_error_that_names_the_one_kept(folder, monkeypatch):
+    folder.save(10)
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
+    folder.saver.begin(make_state(20.0), 20)
+    with pytest.raises(UserError, match=r"of step 20, could not be saved: .*No space.*; the one of step 10 is kept"):
+        folder.saver.finish()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_not_finite_are_not_saved(folder, bad):
+    folder.save(10)
+    state = make_state(20.0)
+    state["model"]["conv1.weight"][1, 2, 0, 1] = bad
+    folder.saver.begin(state, 20)
+    with pytest.raises(UserError, match=r"after step 20 the model's numbers are not finite.*--resume"):
+        folder.saver.wait()
+    assert folder.names() == ["last.pt", "step-00000010.pt"]
+
+
+def test_what_is_no_fault_of_the_disk_is_raised(folder):
+    folder.saver.begin({**make_state(1.0), "odd": {1, 2}}, 1)
+    with pytest.raises(TypeError, match="odd"):
+        folder.saver.wait()
+
+
+def test_who_waits_for_a_write_hears_that_it_moves(folder):
+    folder.saver.wait()
+    before = folder.num_alive
+    folder.save(10)
+    assert folder.num_alive > before
+
+
+def test_a_write_left_by_a_killed_run_is_cleared_away(tmp_path):
+    (tmp_path / ".step-00000032.pt.tmp").write_bytes(b"half")
+    Folder(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+CALLS = ("os.fsync", "pathlib.Path.replace", "os.link", "pathlib.Path.unlink")
+
+
+def count_calls(monkeypatch, at: int) -> list[int]:
+    """Of the calls that change the disk, the one numbered `at` and all after it fail, as if the process had ended."""
+    counted = [0]
+
+    def guard(function):
+        def guarded(*args, **kwargs):
+            counted[0] += 1
+            if counted[0] >= at:
+                raise SystemExit("killed")
+            return function(*args, **kwargs)
+
+        return guarded
+
+    for name in CALLS:
+        owner = os if name.startswith("os.") else Path
+        attribute = name.rpartition(".")[2]
+        monkeypatch.setattr(owner, attribute, guard(getattr(owner, attribute)))
+    return counted
+
+
+def test_a_kill_between_any_two_changes_of_the_disk_leaves_a_whole_checkpoint_under_every_name(tmp_path, monkeypatch):
+    at, steps_found = 1, set()
+    while True:
+        path = tmp_path / str(at)
+        path.mkdir()
+        folder = Folder(path, keep=1)
+        folder.save(10, "epoch.pt", "best.pt")
+        with monkeypatch.context() as patch:
+            counted = count_calls(patch, at)
+            try:
+                folder.saver._write(make_state(20.0), 20, ("epoch.pt", "best.pt"))
+            except SystemExit:
+                is_over = False
+            else:
+                is_over = True
+        found = {name: checkpoint.load(path / name)["step"] for name in folder.names() if name.endswith(".pt")}
+        assert {"last.pt", "epoch.pt", "best.pt"} <= set(found) and set(found.values()) <= {10, 20}
+        assert found["last.pt"] <= min(found["epoch.pt"], found["best.pt"])  # last.pt moves last
+        steps_found.add(checkpoint.load(list_saved(path)[0])["step"])
+        if is_over:
+            break
+        at += 1
+    assert (
+        counted[0] >= 10
+        and steps_found == {10, 20}
+        and folder.names() == sorted(["best.pt", "epoch.pt", "last.pt", "step-00000020.pt"])
+    )
+
+
+def test_checkpoints_are_tried_from_the_newest_on_each_once(folder):
+    for step in (10, 20):
+        folder.save(step)
+    assert [path.name for path in list_saved(folder.path)] == ["last.pt", "step-00000010.pt"]
+    (folder.path / "last.pt").unlink()
+    assert [path.name for path in list_saved(folder.path)] == ["step-00000020.pt", "step-00000010.pt"]
+
+
+def make_journal(runs: Path, resume: Path | None = None, step: int = 0, epoch: int = 1) -> Journal:
+    class Colors:
+        def save(self, _folder: Path) -> None:
+            pass
+
+    return Journal(ALONE, runs, "run", {}, Colors(), resume=resume, step=step, epoch=epoch)
+
+
+def test_lines_for_a_full_disk_wait_and_are_there_when_it_has_room(tmp_path, monkeypatch, capsys):
+    journal = make_journal(tmp_path)
+    full, descriptor = [True], journal._log._file.fileno()
+
+    class Disk(io.RawIOBase):
+        def writable(self) -> bool:
+            return True
+
+        def fileno(self) -> int:
+            return descriptor
+
+        def write(self, data) -> int:
+            if full[0]:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return os.write(descriptor, data)
+
+    log, journal._log._file = journal._log._file, io.BufferedWriter(Disk(), 1 << 20)
+    for step in (1, 2):
+        journal.event("something", step=step)
+    with pytest.raises(OSError, match="No space left"):
+        journal.sync()  # so no checkpoint is made that goes beyond the log
+    assert (journal.folder / "metrics.jsonl").read_bytes() == b""
+    assert capsys.readouterr().err.count("warning: ") == 1
+    full[0] = False
+    journal.event("something", step=3)
+    lines = (journal.folder / "metrics.jsonl").read_text().splitlines()
+    assert [f'"step": {step}' in line for step, line in enumerate(lines, start=1)] == [True] * 3
+    log.close()
+
+
+def test_two_processes_do_not_train_in_one_folder(tmp_path):
+    journal = make_journal(tmp_path)
+    with pytest.raises(UserError, match="another process trains in it"):
+        make_journal(tmp_path, resume=journal.folder)
+    journal.close()
+    make_journal(tmp_path, resume=journal.folder)
+
+
+@pytest.mark.parametrize(("epoch", "kept"), [(3, [1, 2]), (2, [1])])
+def test_an_evaluation_is_cut_where_the_checkpoint_of_its_step_is_from_before_it(tmp_path, epoch, kept):
+    journal = make_journal(tmp_path)
+    numbers = {"crops": "centre", "num_images": 24, "loss": 1.0, "top1_error": 50.0, "top5_error": 5.0}
+    for ended in (1, 2):
+        journal._log.eval(step=32 * ended, epoch=ended, **numbers)
+    journal.close()
+    make_journal(tmp_path, journal.folder, step=64, epoch=epoch).close()
+    lines = (journal.folder / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["epoch"] for line in lines] == kept
