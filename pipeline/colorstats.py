@@ -21,6 +21,7 @@ MEAN_IMAGE_FILE = "mean_image.npy"
 LIGHTING_STD = 0.1  # paper, section 4.1: alpha ~ N(0, 0.1); source: the same coefficient
 ORIGINAL_DIVISOR = 1.1  # source: with colour noise on, (pixel - mean + noise) / (1 + coefficient)
 _UNITS = "pixel values 0-255"
+_MAX_IMAGE_BYTES = IMAGE_SIZE_PX * IMAGE_SIZE_PX * 3 * 8 + 4096  # float32 is expected, another type gets its own words
 
 Array = NDArray[np.float64]
 
@@ -140,10 +141,10 @@ class ColorStats:
                 eigenvectors=_array(raw["eigenvectors"], (3, 3)),
                 num_pixels=int(raw["num_pixels"]),
                 shards_fingerprint=str(raw["shards_fingerprint"]),
-                mean_image=np.load(folder / MEAN_IMAGE_FILE, allow_pickle=False),
+                mean_image=_read_image(folder / MEAN_IMAGE_FILE),
             )
             units = raw["units"]
-        except (KeyError, TypeError, ValueError, OSError, EOFError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError, OSError, EOFError) as error:
             raise UserError(f"{path}: damaged ({type(error).__name__}: {error}); {remedy}") from error
         if units != _UNITS:
             raise UserError(f"{path}: units are {units!r}, expected {_UNITS!r}; {remedy}")
@@ -152,12 +153,24 @@ class ColorStats:
             raise UserError(
                 f"{folder / MEAN_IMAGE_FILE}: {got}, expected float32 ({IMAGE_SIZE_PX}, {IMAGE_SIZE_PX}, 3); {remedy}"
             )
+        if not (stats.mean_image >= 0).all() or not (stats.mean_image <= 255).all():  # not a number: neither
+            raise UserError(f"{folder / MEAN_IMAGE_FILE}: damaged, expected pixel values 0 to 255; {remedy}")
         if stats.shards_fingerprint != shards_fingerprint:
             raise UserError(
                 f"{path}: computed on shards {stats.shards_fingerprint[:12]}, but these are {shards_fingerprint[:12]}; "
                 f"{remedy}"
             )
         return stats
+
+
+def _read_image(path: Path) -> NDArray[np.float32]:
+    """Whatever array is in a file that is not much larger than a mean image's."""
+    if path.stat().st_size > _MAX_IMAGE_BYTES:
+        raise ValueError(f"{path.name} has {path.stat().st_size} bytes, expected at most {_MAX_IMAGE_BYTES}")
+    try:
+        return np.load(path, allow_pickle=False)
+    except MemoryError as error:  # its header promises what the file cannot have
+        raise ValueError(f"{path.name} promises too large an array") from error
 
 
 def _array(value: object, shape: tuple[int, ...]) -> Array:

@@ -7,6 +7,7 @@ padding off, so that ranks take equal steps and nothing is counted twice. Left o
 
 import math
 from collections.abc import Generator, Iterator
+from contextlib import suppress
 from typing import Any, Literal
 
 import torch
@@ -180,6 +181,7 @@ def _from_start(batches: Batches, shards: ShardSet, feed: Feed) -> Generator[dic
             num_left -= num
             yield {name: value if name == "encoded" else value[:num] for name, value in outputs.items()}
     except GeneratorExit:  # a loop left early; after an error of DALI's there is nothing to read on to
-        batches.finish_epoch()
+        with suppress(AttributeError):  # of a pipeline that is being taken apart together with its loader
+            batches.finish_epoch()
         raise
     batches.finish_epoch()

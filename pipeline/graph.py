@@ -22,7 +22,9 @@ from torch import Tensor
 
 from pipeline.errors import UserError
 from pipeline.finish import CROP_SIZE_PX, MAX_OFFSET_PX, Transform
-from pipeline.shardset import CLS_DIGITS, ENDINGS, IMAGE_SIZE_PX, KEY_DIGITS, ShardSet
+from pipeline.indexfile import check_index, find_damage
+from pipeline.shardset import CLS_DIGITS, ENDINGS, IMAGE_SIZE_PX, KEY_DIGITS, MANIFEST, ShardSet
+from pipeline.stored import SampleTable
 
 try:
     from nvidia.dali import fn, types
@@ -122,7 +124,7 @@ def train_pipeline(shards: ShardSet, transform: Transform, feed: Feed, *, checkp
             noise = fn.random.normal(shape=[3], seed=seed_of("lighting"))
         return *_decode(encoded, feed, (y, x)), label, key, y, x, flip, noise
 
-    return _build(define, feed, enable_checkpointing=True, checkpoint=checkpoint)
+    return _build(define, shards, feed, enable_checkpointing=True, checkpoint=checkpoint)
 
 
 def eval_pipeline(shards: ShardSet, feed: Feed, *, whole: bool) -> Pipeline:
@@ -135,7 +137,7 @@ def eval_pipeline(shards: ShardSet, feed: Feed, *, whole: bool) -> Pipeline:
         encoded, label, key = _read(shards, feed, stick_to_shard=True)
         return *_decode(encoded, feed, None if whole else (0.5, 0.5)), label, key
 
-    return _build(define, feed)
+    return _build(define, shards, feed)
 
 
 class Batches:
@@ -171,7 +173,7 @@ class Batches:
                 self._is_running = True
             outputs = self._pipeline.share_outputs()
         except RuntimeError as error:
-            self._shards.check(self._feed.split)  # deleted or cut since the epoch began: says which
+            find_damage(self._shards, self._feed.split)
             root = self._shards.root
             raise UserError(
                 f"{root}: a {self._feed.split} sample cannot be read or decoded; find it with `alexnet-prep verify "
@@ -180,10 +182,26 @@ class Batches:
         self._pipeline.release_outputs()
         self._pipeline.schedule_run()
         self._num_taken += 1
-        return {
+        taken = {
             name: output if name == "encoded" else torch.from_dlpack(output.as_tensor())
             for name, output in zip(self._names, outputs, strict=True)
         }
+        self._check_labels(taken["label"], taken["key"])
+        return taken
+
+    def _check_labels(self, digits: Tensor, keys: Tensor) -> None:
+        """A label that no class has would be an error of the loss, on a GPU one that ends the process."""
+        labels, num_classes = read_number(digits), self._shards.num_classes
+        wrong = (labels < 0) | (labels >= num_classes) | ((digits < ord("0")) | (digits > ord("9"))).any(dim=-1)
+        if wrong.any():
+            at = int(wrong.nonzero()[0])
+            key, said = int(read_number(keys)[at]), bytes(digits[at].tolist())
+            shards = self._shards
+            raise UserError(
+                f"{SampleTable(shards, self._feed.split).find_tar(key)}: sample {key:0{KEY_DIGITS}d} has the label "
+                f"{said!r}, expected {CLS_DIGITS} digits, 0 to {num_classes - 1} (the classes of {MANIFEST}); list all "
+                f"such with `alexnet-prep verify --shards {shards.root}`, then make the shards again"
+            )
 
     def finish_epoch(self) -> None:
         """Read on to the end of the epoch, the only place where DALI can begin the next one."""
@@ -223,7 +241,10 @@ def read_number(digits: Tensor) -> Tensor:
     return ((digits.to(torch.int64) - ord("0")) * powers).sum(-1)
 
 
-def _build(define: Callable[[], Any], feed: Feed, **options: Any) -> Pipeline:
+def _build(define: Callable[[], Any], shards: ShardSet, feed: Feed, **options: Any) -> Pipeline:
+    """Raises UserError for a damaged index."""
+    for shard, index in zip(shards.shards(feed.split), shards.indices(feed.split), strict=True):
+        check_index(index, shard, ENDINGS[shards.manifest.encoding])
     pipeline = pipeline_def(
         define,
         batch_size=feed.batch_size,
@@ -235,7 +256,11 @@ def _build(define: Callable[[], Any], feed: Feed, **options: Any) -> Pipeline:
         enable_conditionals=feed.decode == "hybrid",
         **options,
     )()
-    pipeline.build()
+    try:
+        pipeline.build()
+    except RuntimeError:
+        find_damage(shards, feed.split)
+        raise
     return pipeline
 
 

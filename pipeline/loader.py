@@ -224,6 +224,7 @@ class TrainLoader:
 
     def _finish_epoch(self) -> None:
         self._batches.finish_epoch()  # at most one batch is left: the incomplete one
+        self._shards.check("train")  # an epoch of replaced shards does not count
         self._checkpoint = self._batches.checkpoint()
         self.epoch += 1
         self._step = 0

@@ -138,6 +138,7 @@ class ShardSet:
     root: Path
     manifest: Manifest
     remote: "Remote | None" = field(default=None, compare=False, repr=False)
+    _seen: dict[str, tuple[int, int]] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def open(
@@ -174,9 +175,27 @@ class ShardSet:
         return self.remote.url if self.remote else str(self.root.resolve())
 
     def check(self, split: str) -> None:
-        """Raises UserError naming the first tar or index of `split` that is missing, truncated or stale."""
+        """Raises UserError naming the first tar or index of `split` that is missing, truncated, stale or, since it was
+        checked first, replaced by other bytes."""
         for shard in self.shards(split):
             _check_files(self.root, shard)
+            if not self.remote:  # what a cache fetches is checked when it comes
+                self._check_unchanged(shard)
+
+    def _check_unchanged(self, shard: Shard) -> None:
+        """The bytes are read only where the file is another one, or was written to, since it was looked at last."""
+        status = (self.root / shard.file).stat()
+        now = status.st_ino, status.st_mtime_ns
+        if self._seen.setdefault(shard.file, now) == now:
+            return
+        with (self.root / shard.file).open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != shard.sha256:
+            raise UserError(
+                f"{self.root / shard.file}: was replaced while it was in use (SHA-256 {found[:12]}, expected "
+                f"{shard.sha256[:12]}); restore it, and go on from a checkpoint of before"
+            )
+        self._seen[shard.file] = now
 
     def wait(self, split: str, samples: range | None = None) -> None:
         """Block until every shard of `split` is in `root`, and check them. Raises UserError for one not to be had.

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipeline.errors import UserError
 from pipeline.graph import stream_seed
-from pipeline.shardset import ShardSet
+from pipeline.shardset import MANIFEST, ShardSet
 from trainer import checkpoint
 from trainer.distributed import Ranks, gather, launch_id, restart_count
 from trainer.runlog import CHECKPOINTS, CONFIG, LAST, read_config
@@ -97,6 +97,11 @@ def check_resumable(saved: dict[str, Any], folder: Path | None, shards: ShardSet
         raise UserError(
             f"{folder}: was trained on shards {saved['shards_fingerprint'][:12]}, {shards.root} "
             f"holds {shards.fingerprint[:12]}; name the run's own with --shards"
+        )
+    if saved.get("num_classes", shards.num_classes) != shards.num_classes:
+        raise UserError(
+            f"{folder}: a net of {saved['num_classes']} classes, but {shards.root / MANIFEST} lists "
+            f"{shards.num_classes}; restore that file, or start a new run"
         )
 
 
