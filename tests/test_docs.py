@@ -1,6 +1,7 @@
 """The documents name places in the code and tests: each must exist."""
 
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -19,11 +20,11 @@ def _defined_tests() -> set[str]:
     }
 
 
-@pytest.mark.parametrize("document", sorted(path.name for path in (ROOT / "docs").glob("*.md")))
-def test_every_place_and_test_that_a_document_names_exists(document: str):
-    text = (ROOT / "docs" / document).read_text()
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_every_place_and_test_that_a_document_names_exists(path: Path):
+    text = path.read_text()
     places = set(re.findall(r"`((?:pipeline|trainer|tools|tests|benchmarks)/[\w/.]+)`", text))
-    assert {place for place in places if not (ROOT / place).exists()} == set()
+    assert {place for place in places if "NAME" not in place and not (ROOT / place).exists()} == set()
     assert {name for name in re.findall(r"`(test_\w+)`", text)} - _defined_tests() == set()
 
 
@@ -54,3 +55,13 @@ def test_the_readme_leads_to_every_document():
     text = (ROOT / "README.md").read_text()
     documents = [f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")]
     assert [name for name in [*documents, "CONTRIBUTING.md", "benchmarks/README.md"] if f"({name}" not in text] == []
+
+
+def test_the_readme_lists_every_recipe_and_contributing_every_extra():
+    from trainer.recipe import RECIPES
+
+    table = (ROOT / "README.md").read_text().split("\n## Recipes\n")[1].split("\n## ")[0]
+    assert re.findall(r"^\| `(\w+)`", table, re.MULTILINE) == list(RECIPES)
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    assert [extra for extra in extras if extra != "dev" and f"(extra `{extra}`)" not in text] == []

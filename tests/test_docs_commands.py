@@ -26,7 +26,10 @@ from tests.documents import (
 
 BLOCKS = read_blocks()
 # Flags in inline code that are other programs'.
-FOREIGN_FLAGS = {"--rdzv-id", "--nproc-per-node", "--build-arg", "--shm-size", "--time", "--logdir"}
+FOREIGN_FLAGS = {"--rdzv-id", "--nproc-per-node", "--build-arg", "--shm-size", "--time", "--logdir"} | {
+    "--help",
+    "--debug",
+}
 # What makes a documented command small. Appended, so that of a flag given twice the last counts; a flag in BECOMES
 # takes another value instead.
 BECOMES = {"--gpus": "0", "--classes": "4", "--train": "48", "--val": "16", "--samples-per-shard": "16",

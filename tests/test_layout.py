@@ -1,10 +1,12 @@
 """Who may import whom, read from the sources; and what `--help` may import, seen in a process of its own."""
 
 import ast
+import re
 import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -43,6 +45,55 @@ def test_no_package_imports_one_it_must_not_know(package):
     for path in sources:
         roots = {name.split(".")[0] for name in find_imports(path.read_text(encoding="utf-8"))}
         assert not roots & (FORBIDDEN[package] | {"tests"}), path
+
+
+def read_table(heading: str) -> list[list[str]]:
+    """The cells, without the head, of CONTRIBUTING.md's table that begins with the column `heading`."""
+    lines = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split(f"\n| {heading} |")[1].split("\n\n")[0]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines.splitlines()[2:]]
+
+
+def find_quoted(cell: str) -> set[str]:
+    return set(re.findall(r"`([^`]+)`", cell))
+
+
+def test_the_map_of_packages_in_contributing_is_the_one_that_is_held():
+    rows = {row[0].strip("`"): row for row in read_table("package | imports")}
+    assert {name: find_quoted(row[2]) for name, row in rows.items()} == FORBIDDEN
+    for package, row in rows.items():
+        roots = {name.split(".")[0] for path in list_sources(package) for name in find_imports(path.read_text("utf-8"))}
+        assert (roots & set(PACKAGES)) - {package} == find_quoted(row[1])
+
+
+def test_libraries_are_imported_where_contributing_says_and_nowhere_else():
+    rows = read_table("library")
+    assert len(rows) > 10
+    places = {library: find_quoted(row[1]) for row in rows for library in find_quoted(row[0])}
+    assert places["nvidia.dali"] == MAY_IMPORT_DALI
+    seen: dict[str, set[str]] = {library: set() for library in places}
+    for package in PACKAGES:
+        for path in list_sources(package):
+            where = path.relative_to(ROOT)
+            for name in find_imports(path.read_text(encoding="utf-8")):
+                for library in places:
+                    if f"{name}.".startswith(f"{library}."):
+                        assert any(where.match(place) for place in places[library]), f"{where} imports {library}"
+                        seen[library] |= {place for place in places[library] if where.match(place)}
+    assert seen == places
+
+
+def test_every_module_is_on_the_map():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("\n## Map\n")[1].split("\n## ")[0]
+    for package in PACKAGES:
+        section = re.split(r"\n    (?=\w+/ )", text.split(f"\n    {package}/ ")[1])[0]
+        words = re.findall(r"[\w.*]+", section)
+        missing = [
+            path.relative_to(ROOT).as_posix()
+            for path in [*(ROOT / package).glob("*.py"), *(ROOT / package).glob("*.c")]
+            if path.stem not in ("__init__", "__main__", "cli") and not path.stem.startswith("cli_")
+            if not any(fnmatch(path.stem, word) or path.name == word for word in words)
+        ]
+        assert missing == []
 
 
 def test_dali_is_imported_in_the_graph_and_the_doctor_alone():
