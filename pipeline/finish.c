@@ -13,7 +13,7 @@
 #include <tmmintrin.h>
 #include <unistd.h>
 
-enum { SIDE = 224, ROW = 3 * SIDE, PIXELS = SIDE * SIDE, STORED_SIDE = 256, ROWS_A_READ = 16, MESSAGE_BYTES = 200 };
+enum { SIDE = 224, ROW = 3 * SIDE, PIXELS = SIDE * SIDE, STORED_SIDE = 256, ROWS_A_READ = 112, MESSAGE_BYTES = 200 };
 
 /* Mirror a row, five pixels at a time, from the last to the first; `to` has room for 16 bytes more. */
 static void flip_row(uint8_t *to, const uint8_t *from)
@@ -158,7 +158,7 @@ static int read_all(int file, uint8_t *to, size_t size, off_t start)
 }
 
 /* The same of uncompressed images (256, 256, 3): image i begins at byte starts[i] of the open file files[i], its crop at
-   offsets[i] = (y, x); out + i images. A few rows are read at a time, into the second-level cache. Returns -1, or the
+   offsets[i] = (y, x); out + i images. Half a crop is read at a time, into the second-level cache (16 rows: 7 % slower). Returns -1, or the
    number of the first that cannot be read, and why in `message` (MESSAGE_BYTES). */
 int finish_stored(int num, const int32_t *files, const int64_t *starts, const int32_t (*offsets)[2],
                   const int32_t *are_flipped, const float (*biases)[3], const float *mean_image, const float *factor,
