@@ -11,7 +11,6 @@ import functools
 import os
 import shutil
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +18,11 @@ from typing import Any, BinaryIO, NamedTuple, Protocol
 
 from pipeline.errors import UserError
 from pipeline.machine import temporary_for
+from pipeline.origin import ask
 from pipeline.shardset import write_atomic
 
 BACKOFF_S = (0.5, 1.0, 2.0, 4.0)  # between attempts at one request
 PART_BYTES = 32 << 20  # of an upload in parts, two of which are in memory; S3 takes 10,000, so tars of up to 312 GiB
-_NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "TokenRetrievalError", "ProfileNotFound")
 
 
 class Item(NamedTuple):
@@ -193,29 +192,12 @@ class BucketStore:
     def _ask(self, request: Callable[[Any], Any], where: str) -> Any:
         """The answer to `request(client)`. Raises FileNotFoundError, or UserError that says what is wrong."""
         client = _connect()
-        problem = ""
-        for wait_s in (*BACKOFF_S, None):
-            try:
-                return request(client)
-            except (FileNotFoundError, MemoryError):
-                raise
-            except PermissionError as error:
-                raise UserError(
-                    f"{where}: access denied ({_one_line(error)}); check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY "
-                    "or AWS_PROFILE, and what they may list, read, write and delete"
-                ) from error
-            except Exception as error:  # timeouts, resets, 5xx: each layer has its own; the last one is told
-                if type(error).__name__ in _NO_CREDENTIALS:
-                    raise UserError(
-                        f"{where}: no credentials ({_one_line(error)}); set AWS_ACCESS_KEY_ID and "
-                        "AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
-                    ) from error
-                problem = f"{type(error).__name__}: {_one_line(error)}"
-            if wait_s is not None:
-                time.sleep(wait_s)
-        raise UserError(
-            f"{where}: {problem}; gave up after {1 + len(BACKOFF_S)} attempts, check the server (AWS_ENDPOINT_URL) and "
-            "the network, then run the same command again"
+        return ask(
+            lambda: request(client),
+            where,
+            BACKOFF_S,
+            right="list, read, write and delete",
+            remedy="check the server (AWS_ENDPOINT_URL) and the network, then run the same command again",
         )
 
 
@@ -246,10 +228,6 @@ def open_store(out: str | Path) -> FolderStore | BucketStore:
     if path.exists() and not path.is_dir():
         raise UserError(f"{path}: is a file, expected a folder; choose another --out")
     return FolderStore(path)
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _in_gb(num_bytes: int) -> str:

@@ -252,7 +252,7 @@ def test_a_server_that_is_down_is_tried_five_times_and_named(small_tree, s3_buck
     storing._connect.cache_clear()
     try:
         with pytest.raises(
-            UserError, match=r"^s3://b/x: .*gave up after 5 attempts, check the server \(AWS_ENDPOINT_URL\)"
+            UserError, match=r"^s3://b/x: .*gave up after 5 attempts: check the server \(AWS_ENDPOINT_URL\)"
         ):
             make(small_tree, "s3://b/x")
     finally:
