@@ -24,24 +24,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import (
-    Child,
-    Entry,
-    Failed,
-    Row,
-    alternate,
-    choose,
-    choose_cpus,
-    closing_all,
-    compare,
-    describe_machine,
-    report,
-    start_child,
-    unwind_when_terminated,
-)
+from children import Child, Failed, closing_all, unwind_when_terminated
+from machine import choose_cpus, describe_machine
 from numpy.typing import NDArray
 from PIL import Image
 from prepare import lay_out, list_photographs, make_synthetic, say
+from racetable import compare, report
+from rounds import Entry, Row, alternate, choose, start_child
 
 HERE = Path(__file__).resolve().parent
 SCRIPT = HERE / "peers_feed.py"

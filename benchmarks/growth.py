@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import choose_cpus, describe_machine
+from machine import choose_cpus, describe_machine
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import peers_pillow
-from common import Contestant, serve
+from children import Contestant, serve
 from limits import limit
 from samples import (
     BATCH,

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from common import Contestant, serve
+from children import Contestant, serve
 from torch import Tensor, nn
 from torch.nn import functional
 

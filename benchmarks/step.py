@@ -18,21 +18,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from common import (
-    Child,
-    Entry,
-    Failed,
-    Row,
-    alternate,
-    choose,
-    choose_cpus,
-    closing_all,
-    compare,
-    describe_machine,
-    report,
-    start_child,
-    unwind_when_terminated,
-)
+from children import Child, Failed, closing_all, unwind_when_terminated
+from machine import choose_cpus, describe_machine
+from racetable import compare, report
+from rounds import Entry, Row, alternate, choose, start_child
 
 HERE = Path(__file__).resolve().parent
 SCRIPT = HERE / "peers_step.py"

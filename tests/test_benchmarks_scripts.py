@@ -149,7 +149,7 @@ def test_psnr_is_high_for_the_same_pixels_and_low_for_another_crop(scripts, phot
 
 
 def test_an_output_of_another_size_or_with_a_gap_is_refused(scripts, photograph, tmp_path):
-    from common import Failed
+    from children import Failed
     from prepare import mean_psnr
 
     Image.new("RGB", (256, 255)).save(tmp_path / "000000000.jpg")

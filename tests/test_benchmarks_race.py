@@ -13,7 +13,7 @@ CPUS = set(sorted(os.sched_getaffinity(0))[:1])
 
 CHILD = """
 import os, subprocess, sys, time
-from common import Contestant, serve
+from children import Contestant, serve
 
 def make(name, job):
     if name == "absent":
@@ -41,12 +41,23 @@ serve(make)
 """
 
 
-@pytest.fixture
-def common(monkeypatch):
+@pytest.fixture(autouse=True)
+def _on_path(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    import common
 
-    return common
+
+@pytest.fixture
+def rounds():
+    import rounds
+
+    return rounds
+
+
+@pytest.fixture
+def racetable():
+    import racetable
+
+    return racetable
 
 
 @pytest.fixture
@@ -57,14 +68,14 @@ def script(tmp_path):
 
 
 @pytest.fixture
-def start(common, script, tmp_path):
+def start(rounds, script, tmp_path):
     """Makes (row, child or None) of a contestant by name; ends the children."""
     children = []
 
     def start(name, rate=1.0, pythons=(Path(sys.executable),)):
-        row = common.Row(common.Entry(name, "peer", "a way"))
+        row = rounds.Row(rounds.Entry(name, "peer", "a way"))
         job = {"rate": rate, "paths": [str(ROOT / "benchmarks")]}
-        child = common.start_child(row, pythons, script, job, CPUS, tmp_path)
+        child = rounds.start_child(row, pythons, script, job, CPUS, tmp_path)
         children.extend([child] if child else [])
         return row, child
 
@@ -134,10 +145,10 @@ def test_a_contestant_that_cannot_start_is_a_failed_row_of_one_line(start):
     assert row.state == "failed: ValueError: cannot begin"
 
 
-def test_rounds_alternate_and_begin_with_another_contestant_each_time(common, start):
+def test_rounds_alternate_and_begin_with_another_contestant_each_time(rounds, start):
     started = {name: start(name, rate) for name, rate in (("a", 10.0), ("b", 20.0), ("c", 30.0))}
     turns = []
-    foreign = common.alternate(
+    foreign = rounds.alternate(
         {name: child for name, (_, child) in started.items()},
         {name: row for name, (row, _) in started.items()},
         num_rounds=3,
@@ -156,40 +167,42 @@ def test_rounds_alternate_and_begin_with_another_contestant_each_time(common, st
 @pytest.mark.parametrize(
     ("name", "reason"), [("failing", "RuntimeError: no more"), ("dying", "ended with status 7 (log: dying.log)")]
 )
-def test_a_contestant_that_fails_leaves_the_race_and_the_others_go_on(common, start, name, reason):
+def test_a_contestant_that_fails_leaves_the_race_and_the_others_go_on(rounds, start, name, reason):
     started = {"sound": start("sound", 5.0), name: start(name)}
     rows = {name: row for name, (row, _) in started.items()}
-    common.alternate(
+    rounds.alternate(
         {name: child for name, (_, child) in started.items()}, rows, num_rounds=2, arguments={"seconds": 1.0}
     )
     assert rows["sound"].rates == [5.0, 5.0]
     assert rows[name].rates == [] and rows[name].state == f"failed: {reason}"
 
 
-def test_the_summary_of_known_values(common):
+def test_the_summary_of_known_values(racetable):
     values = [4.0, 1.0, 3.0, 2.0, 10.0]
-    summary = common.summarise(random.Random(0).sample(values, 5))
+    summary = racetable.summarise(random.Random(0).sample(values, 5))
     assert {key: summary[key] for key in ("n", "median", "min", "max", "q1", "q3")} == {
         "n": 5, "median": 3.0, "min": 1.0, "max": 10.0, "q1": 2.0, "q3": 4.0
     }  # fmt: skip
-    assert common.summarise([7.0])["q1"] == common.summarise([7.0])["q3"] == 7.0
+    assert racetable.summarise([7.0])["q1"] == racetable.summarise([7.0])["q3"] == 7.0
 
 
-def test_ratios_are_taken_round_by_round(common):
+def test_ratios_are_taken_round_by_round(racetable):
     # the machine slows down by ten in the second round, and nobody's ratio notices
-    ratio = common.compare([200.0, 20.0, 220.0], [100.0, 10.0, 100.0])
+    ratio = racetable.compare([200.0, 20.0, 220.0], [100.0, 10.0, 100.0])
     assert (ratio["median"], ratio["min"], ratio["max"]) == (2.0, 2.0, 2.2)
 
 
-def test_a_report_keeps_every_row_with_its_reason_and_all_rounds(common):
-    fast = common.Row(common.Entry("fast", "ours", "x"), "ok", {"numpy": "2.0"}, [30.0, 40.0], [1.0, 1.0])
-    slow = common.Row(common.Entry("slow", "peer", "y"), "ok", {"numpy": "2.1"}, [10.0, 20.0], [3.0, 5.0])
-    absent = common.Row(common.Entry("absent", "peer", "z"), "not installed: No module named 'z'")
-    text, document = common.report(
+def test_a_report_keeps_every_row_with_its_reason_and_all_rounds(rounds, racetable):
+    from machine import describe_machine
+
+    fast = rounds.Row(rounds.Entry("fast", "ours", "x"), "ok", {"numpy": "2.0"}, [30.0, 40.0], [1.0, 1.0])
+    slow = rounds.Row(rounds.Entry("slow", "peer", "y"), "ok", {"numpy": "2.1"}, [10.0, 20.0], [3.0, 5.0])
+    absent = rounds.Row(rounds.Entry("absent", "peer", "z"), "not installed: No module named 'z'")
+    text, document = racetable.report(
         "Racing",
         [absent, slow, fast],
         base="slow",
-        machine=common.describe_machine(CPUS),
+        machine=describe_machine(CPUS),
         settings={"batch": 128},
         foreign=[0.0, 0.5],
         columns={"name's length": lambda row: str(len(row.entry.name))},
@@ -207,11 +220,11 @@ def test_a_report_keeps_every_row_with_its_reason_and_all_rounds(common):
     assert document["machine"]["cores_used"] == 1 and document["machine"]["date"]
 
 
-def test_names_that_are_no_contestants_are_refused(common):
-    entries = [common.Entry(name, "peer", "") for name in ("a", "b", "c")]
-    assert [entry.name for entry in common.choose(entries, "c,a")] == ["a", "c"]
+def test_names_that_are_no_contestants_are_refused(rounds):
+    entries = [rounds.Entry(name, "peer", "") for name in ("a", "b", "c")]
+    assert [entry.name for entry in rounds.choose(entries, "c,a")] == ["a", "c"]
     with pytest.raises(SystemExit, match="--only d: no such contestant; expected some of a, b, c"):
-        common.choose(entries, "a,d")
+        rounds.choose(entries, "a,d")
 
 
 def test_a_parent_that_is_killed_leaves_no_stopped_child_behind(script, tmp_path):
@@ -221,7 +234,7 @@ def test_a_parent_that_is_killed_leaves_no_stopped_child_behind(script, tmp_path
 import sys, time
 sys.path.insert(0, {str(ROOT / "benchmarks")!r})
 from pathlib import Path
-from common import Child
+from children import Child
 python, script, log = map(Path, ({sys.executable!r}, {str(script)!r}, {str(tmp_path / "log")!r}))
 job = {{"rate": 1.0, "paths": sys.path[:1]}}
 child = Child(python, script, "orphan", job, {CPUS!r}, log)
