@@ -17,6 +17,7 @@ from pipeline.colorstats import ColorStats
 from pipeline.console import Progress
 from pipeline.loader import EvalLoader, read_pixels
 from pipeline.shardset import ShardSet
+from trainer.confusion import Answers
 from trainer.evaluate import choose_dtype, log_probabilities
 from trainer.model import AlexNet
 
@@ -50,11 +51,13 @@ class Neighbour:
 
 @dataclass(frozen=True)
 class Examples:
-    """Guesses, rows of neighbours (the validation image first, then training images), and how many were searched."""
+    """Guesses, rows of neighbours (the validation image first, then training images), how many were searched; and
+    what all validation images that were looked at are taken for."""
 
     guesses: list[Guess]
     rows: list[list[Neighbour]]
     num_searched: int
+    answers: Answers | None = None
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,7 @@ def find_examples(model: AlexNet, shards: ShardSet, colors: ColorStats, num_trai
     with Progress("looking at images", num_val + num_train, "images") as progress:
         val = _look(model, shards, colors, "val", num_val, progress)
         train = _look(model, shards, colors, "train", num_train, progress)
-    shown, queries = spread(len(val.labels), NUM_GUESSES), spread(len(val.labels), NUM_QUERIES)
+    shown, queries = choose_shown(val.labels.tolist(), NUM_GUESSES), choose_shown(val.labels.tolist(), NUM_QUERIES)
     near, distances = nearest(val.hidden[queries], train.hidden, NUM_NEAREST)
     val_pixels = _pixels(shards, "val", [*shown, *queries])
     train_pixels = _pixels(shards, "train", near.flatten().tolist())
@@ -92,12 +95,26 @@ def find_examples(model: AlexNet, shards: ShardSet, colors: ColorStats, num_trai
         row = [Neighbour(val_pixels[query], int(val.labels[query]), 0.0)]
         row += [Neighbour(train_pixels[i], int(train.labels[i]), d) for i, d in zip(found, away, strict=True)]
         rows.append(row)
-    return Examples(guesses, rows, len(train.labels))
+    best = np.argsort(-val.outputs, axis=1, kind="stable")[:, :NUM_BEST]
+    best = np.pad(best, ((0, 0), (0, NUM_BEST - best.shape[1])), constant_values=-1)
+    which = f"the first {num_val:,} of {shards.num_samples('val'):,} validation images"
+    return Examples(guesses, rows, len(train.labels), Answers(val.labels, best, "centre", which))
 
 
 def spread(number: int, wanted: int) -> list[int]:
     """At most `wanted` different positions of `number`, evenly spaced, off the ends: the same for the same numbers."""
     return sorted({(2 * index + 1) * number // (2 * wanted) for index in range(wanted)}) if number else []
+
+
+def choose_shown(labels: Sequence[int], wanted: int) -> list[int]:
+    """At most `wanted` positions: those of `spread`, each moved on to the next image of a class not yet chosen, where
+    there is one. In sets that deal their classes in turn, evenly spaced images are all of one class."""
+    chosen: list[int] = []
+    for start in spread(len(labels), wanted):
+        ahead = [position for position in (*range(start, len(labels)), *range(start)) if position not in chosen]
+        seen = {labels[position] for position in chosen}
+        chosen.append(next((position for position in ahead if labels[position] not in seen), ahead[0]))
+    return sorted(chosen)
 
 
 def nearest(queries: ArrayLike, vectors: ArrayLike, num: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:

@@ -41,7 +41,7 @@ def curves_figure(metrics: Sequence[Record], *, num_classes: int | None = None) 
     """
     from matplotlib.figure import Figure
 
-    per_epoch = _steps_per_epoch(metrics)
+    per_epoch = steps_per_epoch(metrics)
     train = [record for record in metrics if record["kind"] == "train"]
     centre = [record for record in metrics if record["kind"] == "eval" and record["crops"] == "centre"]
     ten = [record for record in metrics if record["kind"] == "eval" and record["crops"] == "ten"]
@@ -145,19 +145,20 @@ def kernel_grid(weight: ArrayLike, num_towers: int, width_px: int = _WIDTH_PX) -
     return grids
 
 
-def _steps_per_epoch(metrics: Sequence[Record]) -> float:
+def steps_per_epoch(metrics: Sequence[Record]) -> float:
     """Exact once an epoch is complete (a step of epoch e is at most e epochs' worth of steps); until then too small."""
     ratios = [record["step"] / record["epoch"] for record in metrics if record.get("epoch") and "step" in record]
     return max([*ratios, 1e-9])
 
 
-def _values(records: Sequence[Record], field: str) -> Floats:
+def list_values(records: Sequence[Record], field: str) -> Floats:
+    """(N,) of a field, NaN where it is null."""
     return np.array([math.nan if record[field] is None else record[field] for record in records], dtype=np.float64)
 
 
 def _curve(axes: "Axes", records: Sequence[Record], field: str, per_epoch: float, colour: str, label: str) -> None:
     if records:
-        epochs, values = _values(records, "step") / per_epoch, _values(records, field)
+        epochs, values = list_values(records, "step") / per_epoch, list_values(records, field)
         axes.plot(epochs, values, color=colour, alpha=0.25, linewidth=1.0, marker="." if len(values) == 1 else "")
         axes.plot(epochs, smooth(values), color=colour, label=label)
 
@@ -166,7 +167,7 @@ def _points(
     axes: "Axes", records: Sequence[Record], field: str, per_epoch: float, colour: str, marker: str, label: str
 ) -> None:
     if records:
-        epochs, values = _values(records, "step") / per_epoch, _values(records, field)
+        epochs, values = list_values(records, "step") / per_epoch, list_values(records, field)
         size, line = (15.0, "") if marker == "*" else (5.5, ":")
         style: Any = {"marker": marker, "markersize": size, "markeredgecolor": "white", "markeredgewidth": 0.8}
         axes.plot(epochs, values, color=colour, linestyle=line, linewidth=1.2, label=label, zorder=3, **style)

@@ -9,7 +9,7 @@ from pipeline.colorstats import ColorStats
 from pipeline.loader import EvalLoader, read_pixels
 from pipeline.shardset import ShardSet
 from tests import oracle
-from trainer.examples import Examples, Guess, Neighbour, find_examples, first_shards, nearest, spread
+from trainer.examples import Examples, Guess, Neighbour, choose_shown, find_examples, first_shards, nearest, spread
 from trainer.figures_images import guesses_figure, neighbours_figure, plot_guesses, plot_neighbours
 from trainer.model import AlexNet
 from trainer.recipe import RECIPES, override
@@ -69,10 +69,19 @@ def test_the_positions_shown_are_evenly_spaced_and_all_different():
     assert spread(0, 5) == []
 
 
+def test_images_of_different_classes_are_shown_where_there_are_any():
+    dealt = [position % 10 for position in range(200)]  # evenly spaced, these five are all of class 0
+    assert [dealt[position] for position in spread(200, 5)] == [0] * 5
+    assert [dealt[position] for position in choose_shown(dealt, 5)] == [0, 1, 2, 3, 4]
+    assert choose_shown(dealt, 5) == [20, 61, 102, 143, 184]
+    assert sorted(choose_shown([0, 0, 0, 1], 4)) == [0, 1, 2, 3]
+    assert choose_shown([], 5) == []
+
+
 def test_guesses_are_what_an_evaluation_of_the_same_images_gives(found, model, shards, colors):
     outputs, _, labels, pixels = look(model, shards, colors, "val")
     assert len(found.guesses) == 8
-    for position, guess in zip(spread(24, 8), found.guesses, strict=True):
+    for position, guess in zip(choose_shown(labels.tolist(), 8), found.guesses, strict=True):
         order = np.argsort(-outputs[position])
         assert (guess.label, guess.classes) == (labels[position], tuple(order))
         np.testing.assert_allclose(guess.probabilities, outputs[position][order], rtol=1e-4)
@@ -83,7 +92,7 @@ def test_rows_are_the_nearest_of_the_training_images_searched_by_the_last_hidden
     _, val_hidden, val_labels, val_pixels = look(model, shards, colors, "val")
     _, hidden, labels, pixels = look(model, shards, colors, "train")
     assert found.num_searched == 40
-    for position, row in zip(spread(24, 5), found.rows, strict=True):
+    for position, row in zip(choose_shown(val_labels.tolist(), 5), found.rows, strict=True):
         assert row[0].label == val_labels[position] and row[0].distance == 0.0
         np.testing.assert_array_equal(row[0].pixels, val_pixels[position])
         expected = oracle.nearest(val_hidden[position], hidden[:40], 6)

@@ -13,6 +13,7 @@ from trainer.model import AlexNet
 from trainer.recipe import RECIPES, override, to_dict
 from trainer.report import compare, format_summary, report
 from trainer.runlog import BEST, CHECKPOINTS, LAST, METRICS, MetricsLog, create_run, write_config
+from trainer.study import read_study
 
 TRAIN = {"loss": 2.0, "top1_error": 80.0, "top5_error": 30.0, "lr": 0.01, "time_s": 1.0}
 EVAL = {"num_images": 200, "loss": 1.5}
@@ -179,9 +180,9 @@ def test_several_runs_are_compared_by_what_differs(trained, tmp_path, monkeypatc
     drawn = {}
     monkeypatch.setattr("trainer.report.plot_training_errors", lambda runs, path: drawn.update({path.name: runs}))
     monkeypatch.setattr("trainer.report.plot_overfitting", lambda runs, path: drawn.update({path.name: runs}))
-    assert [path.name for path in compare([trained, other])] == list(drawn)
+    assert [path.name for path in compare([read_study(trained), read_study(other)])] == list(drawn)
     assert list(drawn) == ["training_errors.png", "training_and_validation.png"]
     assert [list(runs) for runs in drawn.values()] == [["relu", "tanh"]] * 2
     monkeypatch.undo()
-    for path in compare([trained, other]):
+    for path in compare([read_study(trained), read_study(other)]):
         Image.open(path).verify()
