@@ -1,11 +1,11 @@
-# make setup | test | lint | format | docs | demo | wheel | clean. `setup` runs by itself, once, until pyproject.toml or constraints.txt change.
+# make setup | test | test-all | lint | format | docs | demo | wheel | clean. `setup` runs by itself, once, until pyproject.toml or constraints.txt change.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO := demo
 
-.PHONY: setup test lint format docs demo wheel clean
+.PHONY: setup test test-all lint format docs demo wheel clean
 
 setup: $(STAMP)
 
@@ -17,6 +17,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+test-all: test
+	$(BIN)/python -m pytest -m slow
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
