@@ -40,6 +40,7 @@ FOREIGN = {"apt-get", "cd", "complete", "docker", "export", "git", "mkdir", "pre
 FOREIGN |= {
     "aws",
     "kaggle",
+    "mv",
     "nvidia-smi",
     "scancel",
     "scontrol",
