@@ -10,6 +10,7 @@ pages under docs/, which are read where they lie.
 import argparse
 import importlib
 import importlib.util
+import pkgutil
 import shutil
 import sys
 import tempfile
@@ -52,15 +53,23 @@ def generate(folder: Path, packages: tuple[str, ...]) -> list[str]:
         for name in getattr(module, "__all__", ()):
             setattr(module, name, getattr(module, name))  # resolved on first use otherwise, which pdoc does not try
     absent = [name for name, library in NEEDS.items() if importlib.util.find_spec(library) is None]
-    inside = tuple(f"{package}." for package in packages)
-    excluded = [f"!{name}" for name in (*LEFT_OUT, *absent) if name.startswith(inside)]
+    below = [name for package in packages for name in list_unlisted(package) if name not in (*LEFT_OUT, *absent)]
+    excluded = [f"!{name}" for name in (*LEFT_OUT, *absent) if name.startswith(tuple(f"{root}." for root in packages))]
     pdoc.render.configure(docformat="markdown", footer_text="alexnet-dali", search=True)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)  # pdoc's own; what libraries deprecate is not ours to say
-        pdoc.pdoc(*packages, *excluded, output_directory=folder)
+        pdoc.pdoc(*packages, *below, *excluded, output_directory=folder)
     expected = (*(f"Couldn't import {name}:" for name in absent), "Cannot determine where")  # the latter: TypedDicts
     said = [str(warning.message) for warning in caught if issubclass(warning.category, UserWarning)]
     return [f"warning: {message}" for message in said if not message.startswith(expected)]
+
+
+def list_unlisted(package: str) -> list[str]:
+    """The modules of a package that has an `__all__`: pdoc takes that for the whole of it, and looks no further."""
+    module = importlib.import_module(package)
+    if not hasattr(module, "__all__"):
+        return []
+    return sorted(found.name for found in pkgutil.iter_modules(module.__path__, f"{package}."))
 
 
 class _Links(HTMLParser):

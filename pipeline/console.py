@@ -46,6 +46,7 @@ class Command(click.Command):
     """A click command that also takes --debug."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """As click's own."""
         super().__init__(*args, **kwargs)
         self.params.append(
             click.Option(
@@ -59,6 +60,8 @@ class Command(click.Command):
 
 
 class Group(click.Group):
+    """A group whose commands take --debug too."""
+
     command_class = Command
 
 

@@ -63,3 +63,5 @@ def test_the_loaders_own_package_is_documented_without_a_complaint(tmp_path):
     page = (tmp_path / "site" / "pipeline.html").read_text()
     for name in ("TrainLoader", "EvalLoader", "ShardSet", "ColorStats"):
         assert f'id="{name}"' in page
+    modules = {path.stem for path in (ROOT / "pipeline").glob("*.py")} - {"__init__"}
+    assert {path.stem for path in (tmp_path / "site" / "pipeline").glob("*.html")} == modules
