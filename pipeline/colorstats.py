@@ -169,8 +169,10 @@ def _read_image(path: Path) -> NDArray[np.float32]:
         raise ValueError(f"{path.name} has {path.stat().st_size} bytes, expected at most {_MAX_IMAGE_BYTES}")
     try:
         return np.load(path, allow_pickle=False)
-    except MemoryError as error:  # its header promises what the file cannot have
-        raise ValueError(f"{path.name} promises too large an array") from error
+    except OSError:
+        raise
+    except Exception as error:  # NumPy's reader of headers raises anything, and MemoryError for one that promises much
+        raise ValueError(f"{path.name}: {' '.join(str(error).split())[:120]}") from error
 
 
 def _array(value: object, shape: tuple[int, ...]) -> Array:

@@ -1,10 +1,19 @@
 """The one exception that is meant for a person.
 
 Anything a user can cause and mend is a `UserError` whose message is one line: what, got, expected, remedy. Commands
-print that line and exit with status 1; every other exception is a defect of the project. Deliberately no hierarchy:
+print that line and exit with status 1; every other exception is a defect of the project. Messages quote files, and what
+a file holds must not steer the terminal that shows it: they are escaped here, for all. Deliberately no hierarchy:
 nobody catches one kind of user error and not another.
 """
 
 
 class UserError(Exception):
     """A fault in input, configuration or environment, told in one line with its remedy."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
+
+
+def printable(text: object) -> str:
+    """Text for a screen or a line: control characters and what is not Unicode as escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))

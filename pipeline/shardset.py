@@ -95,7 +95,7 @@ class Manifest:
                 totals={split: int(raw["totals"][split]) for split in SPLITS},
                 job=str(raw["job"]),
             )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
             raise UserError(
                 f"{where}: not a manifest ({type(error).__name__}: {error}); "
                 "make the shards again with `alexnet-prep shard`"

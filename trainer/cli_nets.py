@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pipeline import console
+from pipeline.errors import printable
 from trainer.cli import _SETTINGS, _add_common_options, _read_config
 from trainer.cli_ranks import choose_devices
-from trainer.tables import check_target, format_line, printable, write_csv
+from trainer.tables import check_target, format_line, write_csv
 
 if TYPE_CHECKING:
     from trainer.predict import Guess, Prediction

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.console import print_table
-from pipeline.errors import UserError
+from pipeline.errors import UserError, printable
 from pipeline.shardset import write_atomic
 
 if TYPE_CHECKING:
@@ -42,11 +42,6 @@ def check_target(path: Path) -> None:
         raise UserError(f"{path}: a folder, expected the name of a file to write")
     if not path.parent.is_dir():
         raise UserError(f"{path}: there is no folder {path.parent}; make it first, or name another file")
-
-
-def printable(text: object) -> str:
-    """Text for a screen or a line: control characters and what is not Unicode as escapes."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
 _ILSVRC2012 = "ILSVRC-2012 validation"
