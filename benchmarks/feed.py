@@ -303,7 +303,7 @@ def look(child: Child, row: Row, path: Path, data: dict[str, Any]) -> None:
     if row.entry.name == "limit-full":
         return  # its pixels are thrown away; limit-crop shows that the codec's are right
     row.extra["comes_as"] = child.ask("check", path=str(path))
-    with np.load(path) as batch:
+    with np.load(path, allow_pickle=False) as batch:
         images, labels = batch["images"], batch["labels"]
     path.unlink()
     is_uint8 = row.entry.name.endswith("-uint8") or row.entry.name == "limit-crop"
@@ -377,7 +377,7 @@ def find_crop(image: NDArray[Any], stored: NDArray[np.uint8]) -> Crop:
 
 def load_by_label(folder: Path) -> dict[int, NDArray[np.uint8]]:
     """A stored image's pixels by label: every distinct image is a class of its own."""
-    labels = np.load(folder / "labels.npy")
+    labels = np.load(folder / "labels.npy", allow_pickle=False)
     raw = np.memmap(folder / "raw.bin", np.uint8, "r").reshape(len(labels), SIZE_PX, SIZE_PX, 3)
     return {int(label): raw[index] for index, label in enumerate(labels)}
 

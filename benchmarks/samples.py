@@ -36,8 +36,8 @@ class Samples:
 
     def __init__(self, folder: str) -> None:
         self.folder = Path(folder)
-        self.labels: NDArray[np.int64] = np.load(self.folder / "labels.npy")
-        self._ends: NDArray[np.int64] = np.load(self.folder / "ends.npy")
+        self.labels: NDArray[np.int64] = np.load(self.folder / "labels.npy", allow_pickle=False)
+        self._ends: NDArray[np.int64] = np.load(self.folder / "ends.npy", allow_pickle=False)
 
     @cached_property
     def _data(self) -> Pixels:
