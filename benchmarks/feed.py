@@ -11,32 +11,22 @@ timed (endless streams, the batches that lay ready thrown away). Left out: GPUs 
 """
 
 import argparse
-import io
-import json
-import os
-import shutil
-import sys
-import tarfile
-import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from children import Child, Failed, closing_all, unwind_when_terminated
-from machine import choose_cpus, describe_machine
+import race
+from children import Child, Failed, closing_all
+from feed_data import prepare_data
+from machine import describe_machine
 from numpy.typing import NDArray
-from PIL import Image
-from prepare import lay_out, list_photographs, make_synthetic, say
-from racetable import compare, report
-from rounds import Entry, Row, alternate, choose, start_child
+from racetable import report
+from rounds import Entry, Row, alternate
 
 HERE = Path(__file__).resolve().parent
 SCRIPT = HERE / "peers_feed.py"
 SIZE_PX, CROP_PX, BATCH = 256, 224, 128
-SAMPLES_PER_SHARD = 128
-COPIES = 64  # of the set in the list of shards (links): so that an epoch's end comes as seldom as ImageNet's
 LARGEST_ERROR = 4.0  # grey levels, mean over an image: another chroma filter is 1 to 3, a neighbouring crop 10 and more
 LOOK_AT_EVERY = 4  # of a batch's images
 ENTRIES = (
@@ -66,41 +56,18 @@ PAIRS = (("ours", "ffcv"), ("ours", "by-hand"), ("ours-uint8", "limit-crop"), ("
 
 
 def main() -> None:
-    options = parse_arguments()
-    unwind_when_terminated()
-    cpus = choose_cpus(options.workers)
-    entries = choose(ENTRIES, options.only)
-    scratch = Path(options.scratch or tempfile.mkdtemp(prefix="feed-")).absolute()
-    scratch.mkdir(parents=True, exist_ok=True)
-    try:
-        text, document = measure(options, entries, cpus, scratch)
-    finally:
-        if not options.scratch:
-            shutil.rmtree(scratch, ignore_errors=True)
-    print(text)
-    if options.json:
-        Path(options.json).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    race.run(parse_arguments(), ENTRIES, measure)
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Feeding a network: ours, peers and limits in alternation.")
     parser.add_argument("source", nargs="?", help="folder with JPEG photographs (default: a synthetic set)")
-    parser.add_argument(
-        "--python",
-        action="append",
-        default=[],
-        metavar="PATH",
-        help="interpreter of an environment with peers; may be repeated (default: this one alone)",
-    )
     parser.add_argument("--images", type=int, default=2048, help="samples; the source is repeated to fill them")
     parser.add_argument("--rounds", type=int, default=7, help="timed rounds")
     parser.add_argument("--seconds", type=float, default=3.0, help="length of a turn")
     parser.add_argument("--skip", type=int, default=8, help="batches thrown away before the clock of a turn starts")
-    parser.add_argument("--workers", type=int, default=2, help="cores, and threads or processes of every contestant")
-    parser.add_argument("--only", metavar="NAMES", help=f"some of: {','.join(entry.name for entry in ENTRIES)}")
     parser.add_argument("--base", default="dali", help="what ratios are to")
-    parser.add_argument("--scratch", metavar="DIR", help="folder for data and logs, kept (default: a temporary one)")
-    parser.add_argument("--json", metavar="FILE", help="write everything measured there")
+    race.add_options(parser, ENTRIES)
     options = parser.parse_args()
     if options.images < BATCH:
         parser.error(f"--images {options.images}: expected a batch, {BATCH}, or more")
@@ -115,48 +82,37 @@ def measure(
     options: argparse.Namespace, entries: Sequence[Entry], cpus: set[int], scratch: Path
 ) -> tuple[str, dict[str, Any]]:
     """Everything: the table and the JSON document."""
-    say("prepare: shards, samples, colours")
+    race.say("prepare: shards, samples, colours")
     data = prepare_data(options, scratch / "data")
     rows = {entry.name: Row(entry) for entry in entries}
     children: dict[str, Child] = {}
+
+    def describe(name: str) -> dict[str, Any]:
+        return {
+            "samples": str(scratch / "data" / "samples"),
+            "shards": data["shards"],
+            # the same conversion serves both of a library's rows
+            "out": str(scratch / name.removesuffix("-raw")),
+            "workers": options.workers,
+            "mean": data["mean"],
+            "basis": data["basis"],
+            "paths": [str(HERE.parent)],
+        }
+
+    def look(child: Child, row: Row) -> None:
+        check_batch(child, row, scratch / f"batch-{row.entry.name}.npz", data)
+        child.ask("run", skip=options.skip, seconds=options.seconds)  # warm-up
+
     with closing_all(children):
-        for name, row in rows.items():
-            say(f"{name}: convert, start, look at a batch")
-            job = {
-                "samples": str(scratch / "data" / "samples"),
-                "shards": data["shards"],
-                # the same conversion serves both of a library's rows
-                "out": str(scratch / name.removesuffix("-raw")),
-                "workers": options.workers,
-                "mean": data["mean"],
-                "basis": data["basis"],
-                "paths": [str(HERE.parent)],
-            }
-            pythons = [Path(sys.executable), *map(Path, options.python)]
-            child = start_child(row, pythons if row.entry.kind == "ours" else pythons[::-1], SCRIPT, job, cpus, scratch)
-            if child is None:
-                say(f"{name}: {row.state}")
-                continue
-            children[name] = child
-            try:
-                look(child, row, scratch / f"batch-{name}.npz", data)
-                child.ask("run", skip=options.skip, seconds=options.seconds)  # warm-up
-            except Failed as error:
-                row.state = f"failed: {error}"
-                say(f"{name}: {row.state}")
-                children.pop(name).close()  # its memory is wanted
+        race.enter(children, rows, SCRIPT, describe, look, options=options, cpus=cpus, scratch=scratch)
         foreign = alternate(
             children,
             rows,
             num_rounds=options.rounds,
             arguments={"skip": options.skip, "seconds": options.seconds},
-            on_turn=lambda number, name, rate: say(f"round {number + 1}/{options.rounds} {name}: {rate:,.0f} images/s"),
+            on_turn=race.say_turns(options),
         )
-    pairs = {
-        f"{left} / {right}": compare(rows[left].rates, rows[right].rates)
-        for left, right in PAIRS
-        if left in rows and right in rows and rows[left].rates and rows[right].rates
-    }
+    pairs, notes = race.compare_pairs(rows, PAIRS)
     settings = {
         "samples": options.images,
         "distinct images": data["num_distinct"],
@@ -166,11 +122,6 @@ def measure(
         "batches skipped before": options.skip,
         "cores": options.workers,
     }
-    notes = [
-        "Of rounds, median (min to max): "
-        + "; ".join(f"{name} {p['median']:.2f} ({p['min']:.2f} to {p['max']:.2f})" for name, p in pairs.items())
-        + "."
-    ] * bool(pairs)
     text, document = report(
         "Feeding",
         list(rows.values()),
@@ -185,120 +136,7 @@ def measure(
     return text, document
 
 
-# The data.
-
-
-def prepare_data(options: argparse.Namespace, root: Path) -> dict[str, Any]:
-    """Shards of 256x256 q90 JPEGs and of the same pixels raw, colours, samples as plain files; kept in `root`."""
-    from pipeline.shardset import ShardSet
-    from tools.sharder import make_shards
-    from tools.sources import open_source
-
-    mark = root / "data.json"
-    wanted = {"source": options.source, "images": options.images}
-    if mark.is_file():
-        found = json.loads(mark.read_text(encoding="utf-8"))
-        if found["wanted"] == wanted:
-            return dict(found)
-    shutil.rmtree(root, ignore_errors=True)
-    root.mkdir(parents=True)
-    source = Path(options.source) if options.source else make_synthetic(root / "synth", options.images)
-    distinct, _ = list_photographs(source)
-    if not distinct:
-        raise SystemExit(f"error: {source}: no RGB or grey JPEG at any depth, expected at least one")
-    lay_out(distinct, root / "tree", options.images, num_classes=len(distinct))
-    make_shards(
-        open_source(root / "tree"), root / "once", num_workers=options.workers, samples_per_shard=SAMPLES_PER_SHARD
-    )
-    once = ShardSet.open(root / "once")
-    mean_bytes = write_samples(once, root / "samples", root / "stored")
-    shards = {"jpeg": str(root / "jpeg"), "raw": str(root / "raw")}
-    make_shards(
-        open_source(root / "stored"),
-        root / "once-raw",
-        num_workers=options.workers,
-        samples_per_shard=SAMPLES_PER_SHARD,
-        encoding="raw",
-    )
-    repeat_shards(once, root / "jpeg")
-    repeat_shards(ShardSet.open(root / "once-raw"), root / "raw")
-    colors = compute_colors(once, [Path(folder) for folder in shards.values()], options.workers)
-    data = {
-        "wanted": wanted,
-        "shards": shards,
-        "num_distinct": min(len(distinct), options.images),
-        "mean_bytes": mean_bytes,
-        "mean": colors.mean.tolist(),
-        "basis": colors.lighting_basis("paper").tolist(),
-    }
-    mark.write_text(json.dumps(data), encoding="utf-8")
-    return data
-
-
-def write_samples(shards: Any, folder: Path, tree: Path) -> int:
-    """encoded.bin, ends.npy, labels.npy, raw.bin (decoded by Pillow) of all samples as stored. Their mean bytes.
-
-    In `tree` the same JPEGs as files: resized to the size they have, that is not at all, they become the raw shards.
-    """
-    folder.mkdir()
-    ends, labels = [], []
-    with (folder / "encoded.bin").open("wb") as encoded, (folder / "raw.bin").open("wb") as raw:
-        for path in shards.tars("train"):
-            with tarfile.open(path) as tar:
-                members = tar.getmembers()  # image, label, image, label
-                for image, label in zip(members[::2], members[1::2], strict=True):
-                    data, digits = (read_member(tar, member) for member in (image, label))
-                    encoded.write(data)
-                    raw.write(np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).tobytes())
-                    ends.append(encoded.tell())
-                    labels.append(int(digits))
-                    file = tree / "train" / f"class{labels[-1]:05d}" / f"{len(labels):09d}.jpg"
-                    file.parent.mkdir(parents=True, exist_ok=True)
-                    file.write_bytes(data)
-    np.save(folder / "ends.npy", np.array(ends, np.int64))
-    np.save(folder / "labels.npy", np.array(labels, np.int64))
-    return ends[-1] // len(ends)
-
-
-def read_member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    file = tar.extractfile(member)
-    assert file is not None
-    return file.read()
-
-
-def repeat_shards(once: Any, out: Path) -> None:
-    """The same shards COPIES times, as links: reading them costs what it costs, and an epoch is long."""
-    from pipeline.shardset import MANIFEST, write_json
-
-    out.mkdir()
-    named = []
-    for number in range(COPIES * len(once.shards("train"))):
-        shard = once.shards("train")[number % len(once.shards("train"))]
-        file = f"train-{number:06d}.tar"
-        for ending in (".tar", ".idx"):
-            os.link((once.root / shard.file).with_suffix(ending), (out / file).with_suffix(ending))
-        named.append(replace(shard, file=file))
-    totals = {"train": COPIES * once.num_samples("train"), "val": 0}
-    write_json(out / MANIFEST, replace(once.manifest, shards=tuple(named), totals=totals).to_json())
-
-
-def compute_colors(once: Any, folders: Sequence[Path], num_threads: int) -> Any:
-    """The colours of one copy, saved in each folder of shards under that folder's own fingerprint."""
-    from pipeline.console import Progress
-    from pipeline.shardset import ShardSet
-    from tools.pca import compute
-
-    with Progress("pca", once.num_samples("train"), "images") as progress:
-        colors = compute(once, device="cpu", num_threads=num_threads, progress=progress)
-    for folder in folders:
-        replace(colors, shards_fingerprint=ShardSet.open(folder).fingerprint).save(folder)
-    return colors
-
-
-# The check.
-
-
-def look(child: Child, row: Row, path: Path, data: dict[str, Any]) -> None:
+def check_batch(child: Child, row: Row, path: Path, data: dict[str, Any]) -> None:
     """Compare one batch with the stored pixels. Raises Failed for a batch that is not what was asked for."""
     if row.entry.name == "limit-full":
         return  # its pixels are thrown away; limit-crop shows that the codec's are right

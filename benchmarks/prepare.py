@@ -9,20 +9,18 @@ The decision that shaped it: no way is timed whose pixels have not been seen. Le
 """
 
 import argparse
-import json
 import shutil
-import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from children import Child, Failed, closing_all, unwind_when_terminated
-from machine import choose_cpus, describe_machine
+import race
+from children import Child, Failed, closing_all
+from machine import describe_machine
 from PIL import Image
 from racetable import report
-from rounds import Entry, Row, alternate, choose, start_child
+from rounds import Entry, Row, alternate
 
 HERE = Path(__file__).resolve().parent
 SCRIPT = HERE / "peers_prepare.py"
@@ -47,40 +45,17 @@ ENTRIES = (
 
 
 def main() -> None:
-    options = parse_arguments()
-    unwind_when_terminated()
-    cpus = choose_cpus(options.workers)
-    entries = choose(ENTRIES, options.only)
-    scratch = Path(options.scratch or tempfile.mkdtemp(prefix="prepare-")).absolute()
-    scratch.mkdir(parents=True, exist_ok=True)
-    try:
-        text, document = measure(options, entries, cpus, scratch)
-    finally:
-        if not options.scratch:
-            shutil.rmtree(scratch, ignore_errors=True)
-    print(text)
-    if options.json:
-        Path(options.json).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    race.run(parse_arguments(), ENTRIES, measure)
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Preparation of images: ours, peers and limits in alternation.")
     parser.add_argument("source", nargs="?", help="folder with JPEG photographs (default: a synthetic set)")
-    parser.add_argument(
-        "--python",
-        action="append",
-        default=[],
-        metavar="PATH",
-        help="interpreter of an environment with peers; may be repeated (default: this one alone)",
-    )
     parser.add_argument("--images", type=int, default=2000, help="images a round; the source is repeated to fill it")
     parser.add_argument("--rounds", type=int, default=7, help="timed rounds")
-    parser.add_argument("--workers", type=int, default=2, help="cores, and processes or threads of every contestant")
-    parser.add_argument("--only", metavar="NAMES", help=f"some of: {','.join(entry.name for entry in ENTRIES)}")
     parser.add_argument("--base", help="what ratios are to (default: the fastest peer)")
     parser.add_argument("--fidelity", type=int, default=400, help="distinct images whose pixels are compared")
-    parser.add_argument("--scratch", metavar="DIR", help="folder for outputs and logs, kept (default: a temporary one)")
-    parser.add_argument("--json", metavar="FILE", help="write everything measured there")
+    race.add_options(parser, ENTRIES)
     options = parser.parse_args()
     for name in ("images", "rounds", "fidelity"):
         if getattr(options, name) < 1:
@@ -106,35 +81,29 @@ def measure(
 
     rows = {entry.name: Row(entry) for entry in entries}
     children: dict[str, Child] = {}
+
+    def describe(name: str) -> dict[str, Any]:
+        return {
+            "list": str(scratch / "files.txt"),
+            "tree": str(scratch / "tree"),
+            "out": str(scratch / f"out-{name}"),
+            "workers": options.workers,
+            # small enough that the last shard keeps nobody waiting
+            "samples_per_shard": max(1, options.images // (4 * options.workers)),
+            "paths": [str(HERE.parent)],
+        }
+
+    def look(child: Child, row: Row) -> None:
+        warm_up(child, row, options, files[:num_compared], scratch / f"stored-{row.entry.name}")
+
     with closing_all(children):
-        for name, row in rows.items():
-            say(f"{name}: start, warm up, look at the output")
-            job = {
-                "list": str(scratch / "files.txt"),
-                "tree": str(scratch / "tree"),
-                "out": str(scratch / f"out-{name}"),
-                "workers": options.workers,
-                # small enough that the last shard keeps nobody waiting
-                "samples_per_shard": max(1, options.images // (4 * options.workers)),
-                "paths": [str(HERE.parent)],
-            }
-            pythons = [Path(sys.executable), *map(Path, options.python)]
-            child = start_child(row, pythons if row.entry.kind == "ours" else pythons[::-1], SCRIPT, job, cpus, scratch)
-            if child is None:
-                say(f"{name}: {row.state}")
-                continue
-            children[name] = child
-            try:
-                warm_up(child, row, options, files[:num_compared], scratch / f"stored-{name}")
-            except Failed as error:
-                row.state = f"failed: {error}"
-                say(f"{name}: {row.state}")
+        race.enter(children, rows, SCRIPT, describe, look, options=options, cpus=cpus, scratch=scratch)
         foreign = alternate(
-            {name: child for name, child in children.items() if rows[name].state == "ok"},
+            children,
             rows,
             num_rounds=options.rounds,
             arguments={"num": options.images},
-            on_turn=lambda number, name, rate: say(f"round {number + 1}/{options.rounds} {name}: {rate:,.0f} images/s"),
+            on_turn=race.say_turns(options),
         )
         stages = ask_stages(children["ours"]) if "ours" in children and rows["ours"].state == "ok" else {}
 
@@ -280,10 +249,6 @@ def file_system(path: Path) -> str:
     mounts = [line.split() for line in Path("/proc/mounts").read_text(encoding="utf-8").splitlines()]
     best = max((m for m in mounts if path.is_relative_to(m[1])), key=lambda mount: len(mount[1]))
     return best[2]
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

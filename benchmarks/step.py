@@ -10,18 +10,16 @@ the rate of a running sum. Left out: data (feed.py) and GPUs (gpu.py, `alexnet-b
 """
 
 import argparse
-import json
-import shutil
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from children import Child, Failed, closing_all, unwind_when_terminated
-from machine import choose_cpus, describe_machine
-from racetable import compare, report
-from rounds import Entry, Row, alternate, choose, start_child
+import race
+from children import Child, closing_all
+from machine import describe_machine
+from racetable import report
+from rounds import Entry, Row, alternate
 
 HERE = Path(__file__).resolve().parent
 SCRIPT = HERE / "peers_step.py"
@@ -53,36 +51,15 @@ PAIRS = (
 
 
 def main() -> None:
-    options = parse_arguments()
-    unwind_when_terminated()
-    cpus = choose_cpus(options.workers)
-    entries = choose(ENTRIES, options.only)
-    scratch = Path(tempfile.mkdtemp(prefix="step-"))
-    try:
-        text, document = measure(options, entries, cpus, scratch)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    print(text)
-    if options.json:
-        Path(options.json).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    race.run(parse_arguments(), ENTRIES, measure)
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Training steps: ours, peers and limits in alternation.")
-    parser.add_argument(
-        "--python",
-        action="append",
-        default=[],
-        metavar="PATH",
-        help="interpreter of an environment with torchvision; may be repeated (default: this one alone)",
-    )
     parser.add_argument("--batch", type=int, default=64, help="images a step; each contestant keeps its memory")
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds")
     parser.add_argument("--seconds", type=float, default=3.0, help="length of a turn; two steps at least")
-    parser.add_argument("--workers", type=int, default=2, help="cores, and threads of every contestant")
-    names = ",".join(entry.name for entry in ENTRIES)
-    parser.add_argument("--only", metavar="NAMES", default=DEFAULT, help=f"some of: {names}")
-    parser.add_argument("--json", metavar="FILE", help="write everything measured there")
+    race.add_options(parser, ENTRIES, only=DEFAULT)
     options = parser.parse_args()
     if options.batch < 1 or options.rounds < 1 or options.seconds < 0:
         parser.error("--batch, --rounds: expected 1 or more; --seconds: 0 or more")
@@ -108,43 +85,24 @@ def measure(
     }
     rows = {entry.name: Row(entry) for entry in entries}
     children: dict[str, Child] = {}
-    pythons = [Path(sys.executable), *map(Path, options.python)]
+
+    def look(child: Child, row: Row) -> None:
+        row.extra.update(child.ask("look"))
+        child.ask("run", seconds=0)
+
     with closing_all(children):
-        for name, row in rows.items():
-            say(f"{name}: start, warm up")
-            order = pythons if row.entry.kind == "ours" else pythons[::-1]
-            child = start_child(row, order, SCRIPT, job, cpus, scratch)
-            if child is None:
-                say(f"{name}: {row.state}")
-                continue
-            children[name] = child
-            try:
-                row.extra.update(child.ask("look"))
-                child.ask("run", seconds=0)
-            except Failed as error:
-                row.state = f"failed: {error}"
-                say(f"{name}: {row.state}")
-                children.pop(name).close()  # its memory is wanted
+        race.enter(children, rows, SCRIPT, lambda _: job, look, options=options, cpus=cpus, scratch=scratch)
         foreign = alternate(
             children,
             rows,
             num_rounds=options.rounds,
             arguments={"seconds": options.seconds},
-            on_turn=lambda number, name, rate: say(f"round {number + 1}/{options.rounds} {name}: {rate:.1f} images/s"),
+            on_turn=race.say_turns(options),
         )
         for name, child in children.items():
             if rows[name].state == "ok":
                 note_lrn(rows[name], child.ask("lrn_s"), options.batch)
-    pairs = {
-        f"{left} / {right}": compare(rows[left].rates, rows[right].rates)
-        for left, right in PAIRS
-        if left in rows and right in rows and rows[left].rates and rows[right].rates
-    }
-    notes = [
-        "Of rounds, median (min to max): "
-        + "; ".join(f"{name} {p['median']:.2f} ({p['min']:.2f} to {p['max']:.2f})" for name, p in pairs.items())
-        + "."
-    ] * bool(pairs)
+    pairs, notes = race.compare_pairs(rows, PAIRS)
     found = rows["torchvision"].extra.get("note") if "torchvision" in rows else None
     notes += [f"torchvision's network: {found}."] * bool(found)
     text, document = report(
@@ -177,10 +135,6 @@ def note_lrn(row: Row, lrn_s: float | None, batch: int) -> None:
     if lrn_s and row.rates:
         step_s = batch / sorted(row.rates)[len(row.rates) // 2]
         row.extra |= {"lrn_s": lrn_s, "lrn_fraction": lrn_s / step_s}
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
