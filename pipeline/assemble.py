@@ -234,4 +234,5 @@ class _Stage:
 
 
 def device_of(feed: Feed) -> torch.device:
+    """Where the batches of `feed` come to lie."""
     return torch.device("cuda", feed.device_id or 0) if feed.device == "gpu" else torch.device("cpu")

@@ -84,11 +84,13 @@ def _choose_decoder(
 
 
 def check_ranks(rank: int, world_size: int) -> None:
+    """Raises UserError for a rank that there is not."""
     if not 0 <= rank < world_size:
         raise UserError(f"rank {rank} of {world_size}: expected 0 <= rank < world size")
 
 
 def check_global_batch(shards: ShardSet, global_batch_size: int, world_size: int) -> None:
+    """Raises UserError for a batch that the ranks cannot share, or that is larger than the training set."""
     if global_batch_size < 1 or global_batch_size % world_size:
         raise UserError(
             f"global batch size {global_batch_size}: expected a positive multiple of the {world_size} ranks; "

@@ -260,6 +260,7 @@ class Fetcher:
 
 
 def gib(num_bytes: int) -> str:
+    """A number of bytes for people: "1.50 GiB"."""
     return f"{num_bytes / 2**30:.2f} GiB"
 
 

@@ -113,4 +113,5 @@ def ask(request: Callable[[], Answer], where: str, backoff_s: Sequence[float], *
 
 
 def one_line(error: BaseException) -> str:
+    """The words of an error in one line; its kind where it has none."""
     return " ".join(str(error).split()) or type(error).__name__

@@ -122,3 +122,22 @@ def test_help_of_every_command_exits_0_without_importing_dali_torch_or_numpy(scr
     )
     assert done.stderr == "" and "Usage:" in done.stdout
     assert done.stdout.splitlines()[-1] == "status 0 []"
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_every_module_and_whatever_is_public_in_it_has_a_docstring(package):
+    bare = []
+    for path in list_sources(package):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        public = [
+            node
+            for node in tree.body
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_")
+        ]
+        nodes = [tree, *public] if path.name != "__main__.py" else public
+        bare += [
+            f"{path.relative_to(ROOT)}: {getattr(node, 'name', 'the module')}"
+            for node in nodes
+            if not ast.get_docstring(node)
+        ]
+    assert bare == []

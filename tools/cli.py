@@ -30,6 +30,7 @@ def group() -> None:
 
 
 def main() -> None:
+    """The script alexnet-prep."""
     console.run(group)
 
 

@@ -103,6 +103,7 @@ class Holder:
 
 
 def is_lock(name: str) -> bool:
+    """Whether a file of an output folder is a lock, by its name."""
     return bool(_LOCK_FILE.fullmatch(name))
 
 

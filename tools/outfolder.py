@@ -197,4 +197,5 @@ def _list_visible(items: Iterable[str]) -> list[str]:
 
 
 def encode_json(value: Any) -> bytes:
+    """JSON as it is written to files: indented, with a line's end."""
     return (json.dumps(value, indent=1) + "\n").encode()

@@ -117,6 +117,7 @@ def order_samples(num_samples: int, seed: int | None) -> NDArray[np.int64]:
 
 
 def name_shards(split: str, num_samples: int, samples_per_shard: int) -> list[str]:
+    """Names of the tars of a split, in order."""
     return [f"{split}-{number:06d}.tar" for number in range(-(-num_samples // samples_per_shard))]
 
 

@@ -87,6 +87,7 @@ def make_tree(
 
 
 def wnid_of(label: int) -> str:
+    """The made-up wnid of a class."""
     return f"n{label + 1:08d}"
 
 

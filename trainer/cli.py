@@ -297,32 +297,38 @@ def _report(
 
 
 def train() -> None:
+    """The script alexnet-train."""
     console.run(_train)
 
 
 def evaluate() -> None:
+    """The script alexnet-eval."""
     from trainer.cli_nets import evaluate
 
     console.run(evaluate)
 
 
 def report() -> None:
+    """The script alexnet-report."""
     console.run(_report)
 
 
 def export() -> None:
+    """The script alexnet-export."""
     from trainer.cli_nets import export
 
     console.run(export)
 
 
 def predict() -> None:
+    """The script alexnet-predict."""
     from trainer.cli_nets import predict
 
     console.run(predict)
 
 
 def bench() -> None:
+    """The script alexnet-bench."""
     from trainer.cli_bench import command
 
     console.run(command)

@@ -63,6 +63,7 @@ def count_ranks(num_ranks: int) -> int:
 
 
 def check_divisible(recipe: Recipe, world_size: int) -> None:
+    """Wrong usage if the recipe's batch cannot be divided among the ranks."""
     if recipe.global_batch_size % world_size:
         raise click.UsageError(
             f"--global-batch-size {recipe.global_batch_size} cannot be divided among {world_size} GPUs; "

@@ -52,6 +52,7 @@ def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
 def make_eval_loader(
     shards: ShardSet, colors: ColorStats, recipe: Recipe, ranks: Ranks, crops: Crops, num_threads: int | None = None
 ) -> "EvalLoader":
+    """The loader of the validation images for nets of `recipe`, in batches that fit `crops`."""
     from pipeline.loader import EvalLoader  # here: it needs DALI, which a prediction does not
 
     return EvalLoader(

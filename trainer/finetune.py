@@ -80,5 +80,6 @@ def find_differences(ours: Recipe, theirs: Recipe) -> list[str]:
 
 
 def hash_file(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

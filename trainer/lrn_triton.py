@@ -20,6 +20,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def can_normalise(rows: Tensor, norm: Norm) -> bool:
+    """Whether the kernels are written for tensors and constants like these."""
     return rows.dtype in _DTYPES and norm.n == 5 and norm.beta == 0.75
 
 

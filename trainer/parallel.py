@@ -115,6 +115,7 @@ def join_model(model: AlexNet, split: Split) -> dict[str, Tensor]:
 
 
 def cut_model(state: Mapping[str, Tensor], split: Split) -> dict[str, Tensor]:
+    """This rank's part of a whole net's state."""
     return {name: split.cut(name, tensor) for name, tensor in state.items()}
 
 
@@ -124,6 +125,7 @@ def join_optimizer(state: dict[str, Any], split: Split) -> dict[str, Any]:
 
 
 def cut_optimizer(state: dict[str, Any], split: Split) -> dict[str, Any]:
+    """This rank's part of an optimiser's state as one process has it."""
     return _map_optimizer(state, split.cut)
 
 

@@ -32,6 +32,7 @@ _POLL_S = 5.0  # how often ranks that wait for a write hear of it
 
 
 def step_name(step: int) -> str:
+    """The name of the checkpoint of a step."""
     return f"step-{step:08d}.pt"
 
 

@@ -102,6 +102,7 @@ def check(weights: Weights) -> Weights:
 
 
 def expected_shapes(recipe: Recipe, num_classes: int) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor of a net of `recipe`, by its name; no memory is taken."""
     with torch.device("meta"):
         net = AlexNet(recipe, num_classes)
     return {name: tuple(tensor.shape) for name, tensor in net.state_dict().items()}
@@ -145,6 +146,7 @@ def list_classes(classes: Classes) -> list[list[str]]:
 
 
 def name_class(classes: Classes | None, index: int) -> ClassEntry:
+    """What is known of class `index`; its number where the names are not."""
     return classes[index] if classes else ClassEntry(index, "", f"class {index}")
 
 

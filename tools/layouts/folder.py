@@ -140,6 +140,7 @@ def _is_image(item: os.DirEntry[str]) -> bool:
 
 
 def list_names(folder: Path) -> list[str]:
+    """Sorted names in a folder, without hidden ones."""
     return sorted(name for name in os.listdir(folder) if not name.startswith("."))  # noqa: PTH208 - names, not paths
 
 

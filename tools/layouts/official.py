@@ -28,6 +28,7 @@ _NUM_TRAIN_IMAGES = 1_281_167
 
 
 def find(root: Path) -> Path | None:
+    """`root`, if one of the official tars is in it."""
     return root if (root / TRAIN).is_file() or (root / VAL).is_file() else None
 
 

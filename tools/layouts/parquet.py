@@ -32,6 +32,7 @@ _NUM_KEPT_GROUPS = 2
 
 
 def find(root: Path) -> Path | None:
+    """`root`, if parquet files are where Hugging Face has them."""
     return root if find_files(root, FOLDERS, ".parquet") else None
 
 

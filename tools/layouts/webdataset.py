@@ -32,6 +32,7 @@ class _Sample(NamedTuple):
 
 
 def find(root: Path) -> Path | None:
+    """`root`, if tars are in it that are not the official ones."""
     return root if _list_tars(root) else None
 
 
