@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from trainer.drawing import BLUE, GREY, ORANGE, VERMILION, style, write_png
+from trainer.drawing import BLUE, GREY, LEAST_PT, ORANGE, VERMILION, style, write_png
 from trainer.model import AlexNet
 
 if TYPE_CHECKING:
@@ -206,7 +206,13 @@ def _connect(axes: "Axes", before: list[_Block], blocks: list[_Block], *, apart:
 
 def _write_below(axes: "Axes", block: _Block, lines: list[str]) -> None:
     axes.text(
-        block.left + block.width / 2, block.bottom - 0.1, "\n".join(lines), fontsize=10, ha="center", va="top", zorder=4
+        block.left + block.width / 2,
+        block.bottom - 0.1,
+        "\n".join(lines),
+        fontsize=LEAST_PT,
+        ha="center",
+        va="top",
+        zorder=4,
     )
 
 

@@ -2,8 +2,8 @@
 
 The decision that shaped it: the style lies on matplotlib's own defaults, not on the user's, and a PNG holds no version
 or date, so that the same numbers give the same bytes anywhere. Colours are Okabe and Ito's, told apart by the
-colour-blind; marker and line style differ as well, for print. Matplotlib (Agg, no display) is imported on use. Left
-out: what is drawn.
+colour-blind; marker and line style differ as well, for print; no letter is under LEAST_PT, so that a picture of 9
+inches can be read at half its size. Matplotlib (Agg, no display) is imported on use. Left out: what is drawn.
 """
 
 import io
@@ -19,13 +19,15 @@ if TYPE_CHECKING:
 
 BLUE, VERMILION, GREY = "#0072B2", "#D55E00", "#666666"
 GREEN, ORANGE, SKY, PURPLE = "#009E73", "#E69F00", "#56B4E9", "#CC79A7"
+DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)), (0, (8, 3)))
 DPI = 150
+LEAST_PT = 11  # 5.5 points at half size
 _STYLE: Any = {
     "font.family": "DejaVu Sans",  # comes with matplotlib: the same picture everywhere
     "font.size": 12,
     "axes.labelsize": 12,
     "axes.titlesize": 13,
-    "legend.fontsize": 10,
+    "legend.fontsize": LEAST_PT,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from trainer.drawing import BLUE, DPI, GREY, VERMILION, style, write_png
+from trainer.drawing import BLUE, DASHES, DPI, GREY, LEAST_PT, VERMILION, style, write_png
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 KERNELS_PER_ROW = 16  # paper, figure 3: 96 kernels as 6 rows of 16, three rows a tower
-_WIDTH_PX, _TITLE_WIDTH_PX = 1200, 720
+_WIDTH_PX, _TITLE_WIDTH_PX = 1200, 880
 _LARGEST_SCALE = 16
 
 Record = dict[str, Any]
@@ -48,14 +48,14 @@ def curves_figure(metrics: Sequence[Record], *, num_classes: int | None = None) 
     with style():
         figure = Figure(figsize=(9.0, 7.2), layout="constrained")
         errors, losses = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
-        for name, field, colour, marker in (
-            ("top-1", "top1_error", BLUE, "o"),
-            ("top-5", "top5_error", VERMILION, "s"),
+        for name, field, colour, dash, marker, star in (
+            ("top-1", "top1_error", BLUE, DASHES[0], "o", "*"),
+            ("top-5", "top5_error", VERMILION, DASHES[1], "s", "P"),
         ):
-            _curve(errors, train, field, per_epoch, colour, f"{name}, training")
+            _curve(errors, train, field, per_epoch, colour, dash, f"{name}, training")
             _points(errors, centre, field, per_epoch, colour, marker, f"{name}, validation")
-            _points(errors, ten, field, per_epoch, colour, "*", f"{name}, validation, ten crops")
-        _curve(losses, train, "loss", per_epoch, BLUE, "training")
+            _points(errors, ten, field, per_epoch, colour, star, f"{name}, validation, ten crops")
+        _curve(losses, train, "loss", per_epoch, BLUE, DASHES[0], "training")
         _points(losses, centre, "loss", per_epoch, BLUE, "o", "validation")
         if num_classes is not None and num_classes > 1:
             chance = 100.0 * (1.0 - 1.0 / num_classes)
@@ -107,11 +107,15 @@ def plot_kernels(weight: ArrayLike, path: Path, num_towers: int) -> None:
             figure.text(margin_px / page_px[0], bottom_px / page_px[1], text, fontsize=size, va="bottom")
 
         bottom_px = page_px[1] - title_px
-        write(f"conv1: {number} kernels of {height} × {width} × 3, each on its own scale (mid-grey is 0)", bottom_px, 9)
+        write(
+            f"conv1: {number} kernels of {height} × {width} × 3, each on its own scale (mid-grey is 0)",
+            bottom_px,
+            LEAST_PT,
+        )
         for index, grid in enumerate(grids):
             bottom_px -= label_px
             if len(grids) > 1:
-                write(f"tower {index + 1}", bottom_px + 8, 8)
+                write(f"tower {index + 1}", bottom_px + 8, LEAST_PT)
             bottom_px -= len(grid)
             figure.figimage(grid, margin_px, bottom_px, origin="upper")
         write_png(figure, path)
@@ -156,11 +160,13 @@ def list_values(records: Sequence[Record], field: str) -> Floats:
     return np.array([math.nan if record[field] is None else record[field] for record in records], dtype=np.float64)
 
 
-def _curve(axes: "Axes", records: Sequence[Record], field: str, per_epoch: float, colour: str, label: str) -> None:
+def _curve(
+    axes: "Axes", records: Sequence[Record], field: str, per_epoch: float, colour: str, dash: Any, label: str
+) -> None:
     if records:
         epochs, values = list_values(records, "step") / per_epoch, list_values(records, field)
         axes.plot(epochs, values, color=colour, alpha=0.25, linewidth=1.0, marker="." if len(values) == 1 else "")
-        axes.plot(epochs, smooth(values), color=colour, label=label)
+        axes.plot(epochs, smooth(values), color=colour, linestyle=dash, label=label)
 
 
 def _points(
@@ -168,7 +174,7 @@ def _points(
 ) -> None:
     if records:
         epochs, values = list_values(records, "step") / per_epoch, list_values(records, field)
-        size, line = (15.0, "") if marker == "*" else (5.5, ":")
+        size, line = (15.0 if marker == "*" else 12.0, "") if marker in "*P" else (5.5, ":")
         style: Any = {"marker": marker, "markersize": size, "markeredgecolor": "white", "markeredgewidth": 0.8}
         axes.plot(epochs, values, color=colour, linestyle=line, linewidth=1.2, label=label, zorder=3, **style)
 
@@ -188,7 +194,7 @@ def _mark_cuts(errors: "Axes", losses: "Axes", metrics: Sequence[Record], per_ep
                 rotation=90,
                 ha="right",
                 va="top",
-                fontsize=9,
+                fontsize=LEAST_PT,
                 color=GREY,
                 bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.0},
             )

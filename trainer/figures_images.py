@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer.drawing import BLUE, SKY, VERMILION, shorten, style, write_png
+from trainer.drawing import BLUE, LEAST_PT, SKY, VERMILION, shorten, style, write_png
 from trainer.examples import NUM_NEAREST, Examples, Guess, Neighbour
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def neighbours_figure(rows: Sequence[Sequence[Neighbour]], names: Sequence[str],
                 if place:
                     axes.text(
                         0.97, 0.03, f"{found.distance:.3g}", transform=axes.transAxes, ha="right", va="bottom",
-                        fontsize=10, bbox={"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 1.0},
+                        fontsize=LEAST_PT, bbox={"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 1.0},
                     )  # fmt: skip
         figure.suptitle(
             f"validation images (left) and the nearest of {num_searched:,} training images: distance in fc7",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from trainer.drawing import BLUE, GREEN, GREY, ORANGE, PURPLE, VERMILION, shorten, style, write_png
+from trainer.drawing import BLUE, DASHES, GREEN, GREY, ORANGE, PURPLE, VERMILION, shorten, style, write_png
 from trainer.figures import Floats, Record
 
 if TYPE_CHECKING:
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 PAPER_LEVEL = 25.0  # %, paper, figure 1: the training error by which the two non-linearities are compared
 _LABEL_LETTERS = 40
 _COLOURS = (BLUE, VERMILION, GREEN, ORANGE, PURPLE)
-_DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)), (0, (8, 3)))
 _MARKERS = ("o", "s", "^", "D", "v")
 
 
@@ -127,7 +126,7 @@ def overfitting_figure(runs: Mapping[str, Sequence[Record]]) -> "Figure":
                 axes.plot(epochs, values, color=BLUE, label="training")
                 known = [(record["epoch"], record[field]) for record in evals if record[field] is not None]
                 axes.plot(
-                    [epoch for epoch, _ in known], [value for _, value in known], color=VERMILION, linestyle=_DASHES[1],
+                    [epoch for epoch, _ in known], [value for _, value in known], color=VERMILION, linestyle=DASHES[1],
                     marker="s", markersize=4, label="validation",
                 )  # fmt: skip
                 axes.set_ylim(bottom=0)
@@ -142,4 +141,4 @@ def overfitting_figure(runs: Mapping[str, Sequence[Record]]) -> "Figure":
 
 
 def _look(number: int) -> tuple[str, Any, str]:
-    return _COLOURS[number % len(_COLOURS)], _DASHES[number % len(_DASHES)], _MARKERS[number % len(_MARKERS)]
+    return _COLOURS[number % len(_COLOURS)], DASHES[number % len(DASHES)], _MARKERS[number % len(_MARKERS)]
