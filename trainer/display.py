@@ -149,16 +149,16 @@ class TerminalDisplay(TrainDisplay):
         self._live.stop()
 
 
-_LEARNT = ("loss", "top-1", "top-5", "best", "rate")
+_LEARNT = ("loss", "top-1", "top-5", "validation", "rate")
 
 
 def spell(now: Standing) -> list[str]:
     """The numbers in words: what is learned, then how fast."""
     parts = [f"loss {now.loss:.3f}", f"top-1 error {now.top1_error:.1f} %", f"top-5 {now.top5_error:.1f} %"]
     if now.best_error is not None:
-        parts.append(f"best {now.best_error:.2f} %")
+        parts.append(f"validation best {now.best_error:.2f} %")
     parts += [
-        f"rate {now.lr:g}",
+        f"rate {now.lr:.3g}",
         f"{now.images_per_s:,.0f} images/s (mean {now.mean_images_per_s:,.0f})",
         f"waiting for data {100 * now.data_wait_fraction:.0f} %",
     ]

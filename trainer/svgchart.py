@@ -18,6 +18,7 @@ from trainer.figures import Floats
 
 _WIDTH, _HEIGHT = 480, 300
 _LEFT, _RIGHT, _TOP, _BOTTOM = 62, 10, 26, 42
+_MOST_RATIO = 1e5
 MOST_POINTS = 600  # of a line: more are not seen at this size, and a page of many runs stays small
 _DASHES = ("", "7 3", "2 3", "9 3 2 3", "12 4")
 _MARKERS = ("circle", "square", "up", "diamond", "down")
@@ -59,6 +60,7 @@ def line_chart(
     if log:
         low, high = 10 ** math.floor(math.log10(low)), 10 ** math.ceil(math.log10(high) + 1e-9)
         high = high if high > low else 10 * low
+        low = max(low, high / _MOST_RATIO)  # the tail of a cosine is of no interest
     elif top is not None:
         high = top
     elif level is not None:

@@ -138,7 +138,7 @@ def test_the_picture_holds_both_bars_and_every_number_and_never_more_than_the_wi
     assert lines[0].startswith("epoch 1/90") and "5010/10009 steps" in lines[0]
     assert lines[1].startswith("total") and lines[1].rstrip().endswith("left")
     if width >= 80:
-        assert lines[2].startswith("loss 1.930  top-1 error 71.2 %  top-5 20.5 %  best 43.21 %  rate 0.01")
+        assert lines[2].startswith("loss 1.930  top-1 error 71.2 %  top-5 20.5 %  validation best 43.21 %  rate 0.01")
         assert lines[3].startswith("1,212 images/s (mean 1,212)  waiting for data 1 %  GPU 97 %  GPU memory 5.0 GiB")
 
 
@@ -202,7 +202,7 @@ def test_the_best_error_is_that_of_the_run_to_resume_until_a_lower_one_comes():
     for error, best in ((41.0, 40.0), (float("nan"), 40.0), (39.5, 39.5)):
         tally.add_evaluation(error)
         assert tally.best_error == best
-    assert "best 39.50 %" in spell(tally.add(record(51, epoch=6)))
+    assert "validation best 39.50 %" in spell(tally.add(record(51, epoch=6)))
 
 
 def test_durations_have_two_units_at_most():
