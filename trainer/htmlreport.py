@@ -25,6 +25,7 @@ from trainer.recipe import RECIPES, from_dict
 from trainer.repeat import repeat_command, spell_changes
 from trainer.report import label_runs, summarise
 from trainer.study import Study, num_towers
+from trainer.svgchart import swatch
 from trainer.tables import PUBLISHED
 from trainer.tally import spell_duration
 
@@ -48,7 +49,7 @@ def render(studies: Sequence[Study]) -> str:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
     labels = label_runs(studies)
-    runs = [_describe(study, label) for study, label in zip(studies, labels, strict=True)]
+    runs = [_describe(study, label, run) for run, (study, label) in enumerate(zip(studies, labels, strict=True))]
     return template.render(
         title=", ".join(study.name for study in studies),
         runs=runs,
@@ -59,11 +60,12 @@ def render(studies: Sequence[Study]) -> str:
     )
 
 
-def _describe(study: Study, label: str) -> dict[str, Any]:
+def _describe(study: Study, label: str, run: int) -> dict[str, Any]:
     """What the template shows of a run."""
     return {
         "name": study.name,
         "label": label,
+        "swatch": swatch(run),
         "summary": _summary(study),
         "kernels": _kernels(study),
         "guesses": _guesses(study),

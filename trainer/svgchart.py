@@ -18,6 +18,7 @@ from trainer.figures import Floats
 
 _WIDTH, _HEIGHT = 480, 300
 _LEFT, _RIGHT, _TOP, _BOTTOM = 62, 10, 26, 42
+NUM_COLOURS = 5  # of the style sheet, c0 to c4
 _MOST_RATIO = 1e5
 MOST_POINTS = 600  # of a line: more are not seen at this size, and a page of many runs stays small
 _DASHES = ("", "7 3", "2 3", "9 3 2 3", "12 4")
@@ -58,7 +59,7 @@ def line_chart(
     values = [value for line in known for value in line.y[np.isfinite(line.y)].tolist() if not log or value > 0]
     low, high = (min(values, default=0.1), max(values, default=1.0)) if log else (0.0, max(values, default=1.0) or 1.0)
     if log:
-        low, high = 10 ** math.floor(math.log10(low)), 10 ** math.ceil(math.log10(high) + 1e-9)
+        low, high = 10 ** math.floor(math.log10(low)), 10 ** math.ceil(math.log10(high) - 1e-9)
         high = high if high > low else 10 * low
         low = max(low, high / _MOST_RATIO)  # the tail of a cosine is of no interest
     elif top is not None:
@@ -111,8 +112,20 @@ def line_chart(
     return "".join([*parts, "</svg>"])
 
 
+def swatch(run: int) -> str:
+    """A small <svg> of how a run's line and its marks look, for a legend."""
+    dash = _DASHES[run % len(_DASHES)]
+    style = f' stroke-dasharray="{dash}"' if dash else ""
+    look = f"c{run % NUM_COLOURS}"
+    return (
+        '<svg class="chart swatch" viewBox="0 0 44 14" aria-hidden="true">'
+        f'<path class="smooth {look}"{style} d="M0 7H44"/>'
+        f'<path class="dot {look}" d="{_marker(run, 22, 7)}"/></svg>'
+    )
+
+
 def _draw(line: Line, across: Floats, up: Floats, x: Floats, y: Floats) -> list[str]:
-    look = f"{line.kind} c{line.colour} run{line.run}"
+    look = f"{line.kind} c{line.colour % NUM_COLOURS} run{line.run}"
     dash = _DASHES[line.dash % len(_DASHES)] if line.kind == "smooth" else "1 4" if line.kind == "points" else ""
     style = f' stroke-dasharray="{dash}"' if dash else ""
     drawn = [f'<path class="{look}"{style} d="{_path(across, up, y)}"><title>{escape(line.label)}</title></path>']

@@ -114,6 +114,7 @@ def test_curves_of_several_runs_stand_in_the_same_charts_and_each_can_be_hidden(
     text = render([read_study(run) for run in runs])
     page = Page(text)
     charts = [a for tag, a in page.tags if tag == "svg" and a.get("class") == "chart"]
+    assert sum(a.get("class") == "chart swatch" for tag, a in page.tags if tag == "svg") == 2
     assert [chart["aria-label"] for chart in charts] == [
         "Top-1 error", "Top-5 error", "Loss", "Learning rate", "Throughput", "Waiting for data",
     ]  # fmt: skip
