@@ -224,7 +224,7 @@ def _check_python(words: list[str]) -> None:
     if not script.is_file():
         raise Misread(f"python {words[0]}: no such file")
     source = script.read_text(encoding="utf-8")
-    beside = [script.with_name(f"{name}.py") for name in re.findall(r"^from (\w+) import", source, re.MULTILINE)]
+    beside = [script.with_name(f"{name}.py") for name in re.findall(r"^(?:from|import) (\w+)", source, re.MULTILINE)]
     source += "".join(path.read_text(encoding="utf-8") for path in beside if path.is_file())
     known = set(re.findall(r'"(--[\w-]+)"', source))
     wrong = {word.partition("=")[0] for word in words[1:] if word.startswith("--")} - known
