@@ -61,6 +61,7 @@ def _launch_once(
     function: Callable[..., int], arguments: tuple[Any, ...], num_ranks: int, watch: "_Watch"
 ) -> tuple[int, int]:
     """(status, rank) of the rank that ended it; a negative status is a signal's number."""
+    from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -73,6 +74,7 @@ def _launch_once(
         rdzv_endpoint="localhost:0",
         max_restarts=0,
         start_method="spawn",
+        logs_specs=DefaultLogsSpecs(log_dir=os.devnull),  # else a temporary folder that nobody removes
         signals_to_handle="SIGQUIT",  # the others are ours
     )
     logging.disable(logging.CRITICAL)  # torch's launcher logs a trace of itself for every rank that ends
