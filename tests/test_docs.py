@@ -65,3 +65,5 @@ def test_the_readme_lists_every_recipe_and_contributing_every_extra():
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     text = (ROOT / "CONTRIBUTING.md").read_text()
     assert [extra for extra in extras if extra != "dev" and f"(extra `{extra}`)" not in text] == []
+    readme = (ROOT / "README.md").read_text()
+    assert [extra for extra in extras if extra not in ("dev", "docs") and f"`{extra}`" not in readme] == []
