@@ -284,6 +284,16 @@ def find_broken_links(path: Path) -> list[str]:
     return broken
 
 
+def find_inline_commands(text: str) -> Iterator[list[str]]:
+    """Our commands with their words in inline code, `alexnet-eval RUN --json`; placeholders filled in."""
+    usual = {"M": "1", "N": "1", "MODE": "data", "NAME": "paper", "URL": "s3://bucket/prefix", "...": ""}
+    for token in MarkdownIt().enable("table").parse(text):
+        for child in token.children or []:
+            words = child.content.replace(r"\|", "|").split() if child.type == "code_inline" else []
+            if len(words) > 1 and words[0] in PROJECT["scripts"] and "|" not in child.content:
+                yield [usual.get(word, word) for word in words if usual.get(word, word)]
+
+
 def find_inline_flags(text: str) -> Iterator[str]:
     """Flags in inline code, `--gpus 2` or `alexnet-eval --json`."""
     for token in MarkdownIt().enable("table").parse(text):

@@ -17,6 +17,7 @@ from tests.documents import (
     Misread,
     check_command,
     find_blocks,
+    find_inline_commands,
     find_inline_flags,
     is_run,
     list_flags,
@@ -129,6 +130,18 @@ def test_what_is_tagged_as_text_holds_no_command(block):
 def test_the_test_of_a_program_reads_its_document(block):
     source = (ROOT / block.tag.removeprefix("program: ")).read_text(encoding="utf-8")
     assert Path(block.document).name in source
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_every_command_named_in_passing_is_one_that_its_program_takes(path):
+    for words in find_inline_commands(path.read_text(encoding="utf-8")):
+        try:
+            check_command(words)
+        except Misread as error:
+            if not re.search(
+                "Missing argument|requires an argument", str(error)
+            ):  # `alexnet-eval --json`: the flag alone
+                raise
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
