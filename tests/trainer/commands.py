@@ -10,12 +10,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from trainer import checkpoint
 
 BIN = Path(sys.executable).parent
-TIMING = {"images_per_s", "data_wait_fraction", "time_s"}
+TIMING = {"images_per_s", "data_wait_fraction", "time_s", "gpu_utilisation", "gpu_memory_bytes"}
 NARROW = ["--recipe", "demo", "--set", "width=0.0625", "--global-batch-size", "2", "--epochs", "3"]
 DEADLINE_S = 120
 
@@ -62,3 +63,19 @@ def assert_same_run(got: Path, expected: Path) -> None:
     assert without_timing(read_records(got)) == without_timing(read_records(expected))
     weights, expected_weights = model_of(got), model_of(expected)
     assert all(torch.equal(weights[name], expected_weights[name]) for name in expected_weights)
+    assert_events_are_the_records(got)
+
+
+def assert_events_are_the_records(run_folder: Path) -> None:
+    """TensorBoard shows each step once, after however many kills, with the record's number."""
+    if not (run_folder / "tensorboard").is_dir():
+        return
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run_folder / "tensorboard"), size_guidance={"scalars": 0}).Reload()
+    for tag, kind in (("loss/training", "train"), ("loss/validation", "eval")):
+        records = [record for record in read_records(run_folder) if record["kind"] == kind]
+        expected = [
+            (record["step"], pytest.approx(record["loss"])) for record in records if record.get("crops") != "ten"
+        ]
+        assert [(event.step, event.value) for event in events.Scalars(tag)] == expected

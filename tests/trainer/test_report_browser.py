@@ -95,14 +95,14 @@ def test_the_page_works_by_keyboard(visit, page_file):
         if seen[-1] == "show-raw":
             outline = page.evaluate("getComputedStyle(document.activeElement).outlineStyle")
             assert outline == "solid"  # one sees where one is
-            assert page.locator(".chart .raw").first.is_visible()
+            assert page.locator(".charts .raw").first.is_visible()
             page.keyboard.press("Space")
-            assert not page.locator(".chart .raw").first.is_visible()
-            assert page.locator(".chart .smooth").first.is_visible()
+            assert not page.locator(".charts .raw").first.is_visible()
+            assert page.locator(".charts .smooth").first.is_visible()
         if seen[-1] == "show-run1":
             page.keyboard.press("Space")
-            assert not page.locator(".chart .run1.smooth").first.is_visible()
-            assert page.locator(".chart .run0.smooth").first.is_visible()
+            assert not page.locator(".charts .run1.smooth").first.is_visible()
+            assert page.locator(".charts .run0.smooth").first.is_visible()
         if seen[-1] == "SUMMARY":
             page.keyboard.press("Enter")
             assert page.evaluate("document.activeElement.parentElement.open")

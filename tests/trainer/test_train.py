@@ -110,6 +110,7 @@ def test_report_draws_every_picture_of_a_run_and_those_of_several_and_names_them
     shutil.copytree(finished, copy)
     shutil.copytree(finished, copy.with_name("again"))
     said = run("alexnet-report", "demo", "again", "--images", "10", cwd=tmp_path).stdout
+    assert "</html>" in (copy / "report.html").read_text() and str(Path("runs", "demo", "report.html")) in said
     assert "not drawn" not in said
     one = ("curves.png", "conv1_kernels.png", "network.png", "guesses.png", "neighbours.png")
     for picture in (*one, "training_errors.png", "training_and_validation.png"):
