@@ -94,9 +94,14 @@ def run(command: click.Command) -> NoReturn:
     sys.exit(status)
 
 
+def can_redraw() -> bool:
+    """Whether stderr is a terminal on which what was written can change in place."""
+    return sys.stderr.isatty() and os.environ.get("TERM", "dumb") != "dumb"
+
+
 def show_cursor() -> None:
     """Undo what a live display does to a terminal; for whoever ends the process, or one of its own, by force."""
-    if not sys.stderr.closed and sys.stderr.isatty() and os.environ.get("TERM", "dumb") != "dumb":
+    if not sys.stderr.closed and can_redraw():
         sys.stderr.write(SHOW_CURSOR)
         sys.stderr.flush()
 

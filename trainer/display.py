@@ -11,7 +11,7 @@ from dataclasses import asdict
 from types import TracebackType
 from typing import Any
 
-from pipeline.console import PLAIN_INTERVAL_S, Voice, note, print_line
+from pipeline.console import PLAIN_INTERVAL_S, Voice, can_redraw, note, print_line
 from trainer.tally import Standing, Tally, spell_duration
 
 _GIB = 2**30
@@ -175,7 +175,7 @@ def choose_display(voice: Voice, tally: Tally) -> TrainDisplay:
         return TrainDisplay(tally)
     if voice == "json":
         return JsonDisplay(tally)
-    return TerminalDisplay(tally) if sys.stderr.isatty() else PlainDisplay(tally)
+    return TerminalDisplay(tally) if can_redraw() else PlainDisplay(tally)
 
 
 def _epoch(epoch: int, tally: Tally) -> str:

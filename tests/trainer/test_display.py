@@ -122,6 +122,14 @@ def test_a_terminal_sees_bars_and_keeps_one_line_per_epoch(monkeypatch):
     assert shown.count("epoch 2/2  summary 2 [ok] 40.5 %") == 1
 
 
+def test_a_terminal_that_cannot_redraw_gets_plain_lines(monkeypatch):
+    terminal = attach_terminal(monkeypatch)
+    monkeypatch.setenv("TERM", "dumb")
+    with choose_display("words", Tally(2, 10, clock=ticking(30.0))) as display:
+        train(display, epochs=(1,))
+    assert "\x1b" not in terminal.getvalue() and "images/s" in terminal.getvalue()
+
+
 @pytest.mark.parametrize("width", [60, 80, 120])
 def test_the_picture_holds_both_bars_and_every_number_and_never_more_than_the_width(width):
     from rich.console import Console

@@ -30,6 +30,7 @@ def read_back(command):
         ["lr=0.02", "epochs=7", "global_batch_size=64"],
         ["dropout=0", "lrn=false", "activation=tanh", "width=0.5", "lighting=none", "lr_milestones=3,5"],
         ["conv1_lr_events=2:1e-05,3:0.0", "lighting_off_epoch=none", "warmup_epochs=1.5"],
+        ["conv1_lr_events=none"],
     ],
 )
 def test_the_recipe_comes_back_whatever_was_changed(name, settings):
