@@ -39,6 +39,7 @@ NUMBERS = ["label", "key"]  # what every graph gives besides pixels
 DRAWN = ["y", "x", "flip", "noise"]  # and a training graph besides those
 MAX_BUFFERED_SAMPLES = 4096  # of about 25 KB each: 100 MB a rank
 _TYPICAL_SAMPLE_BYTES = 32768  # what DALI reserves per buffered sample; its default of 1 MiB would be gigabytes
+_LABEL_POWERS = 10 ** np.arange(CLS_DIGITS - 1, -1, -1)
 # Changed with every change to the operators that draw or read: a state of another graph cannot be gone on with.
 GRAPH_VERSION = 4
 
@@ -191,10 +192,10 @@ class Batches:
 
     def _check_labels(self, digits: Tensor, keys: Tensor) -> None:
         """A label that no class has would be an error of the loss, on a GPU one that ends the process."""
-        labels, num_classes = read_number(digits), self._shards.num_classes
-        wrong = (labels < 0) | (labels >= num_classes) | ((digits < ord("0")) | (digits > ord("9"))).any(dim=-1)
-        if wrong.any():
-            at = int(wrong.nonzero()[0])
+        values = digits.numpy() - np.uint8(ord("0"))  # NumPy: a fifth of torch's time for so few numbers
+        labels, num_classes = values @ _LABEL_POWERS, self._shards.num_classes
+        if values.max() > 9 or labels.max() >= num_classes:
+            at = int(((values > 9).any(axis=1) | (labels >= num_classes)).nonzero()[0][0])
             key, said = int(read_number(keys)[at]), bytes(digits[at].tolist())
             shards = self._shards
             raise UserError(

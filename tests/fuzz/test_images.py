@@ -78,6 +78,7 @@ def repeat_last_scan(jpeg: bytes, times: int) -> bytes:
 
 BOMBS = {
     "a JPEG that says 65,500 x 65,500": (lambda: declare_size(make_jpeg(16), 65500), "TooManyPixels"),
+    "a JPEG that says 13,000 x 13,000": (lambda: declare_size(make_jpeg(16), 13000), "TooManyPixels"),
     "a PNG that says 65,500 x 65,500": (lambda: make_png(65500, 65500, b""), "DecompressionBombError"),
     "20,000 x 20,000 zeros in a PNG": (
         lambda: make_png(20000, 20000, deflate_zeros(20000 * 20001)), "DecompressionBombError",
