@@ -190,6 +190,9 @@ class _Run:
                     break
                 self._end_epoch()
             self.saver.finish()
+        if not stopped:
+            which = "alexnet-eval {0}, alexnet-report {0}" if self.has_val else "alexnet-report {0}"
+            self.journal.say(f"complete after epoch {self.epoch - 1}; next: {which.format(self.journal.folder)}")
         self.journal.end(status, self.step, stopped)
         return status
 

@@ -62,6 +62,13 @@ def test_the_best_checkpoint_is_the_one_of_the_lowest_error(finished):
     assert best["epoch"] - 1 == 1 + errors.index(min(errors)) and best["best_error"] == min(errors)
 
 
+def test_a_complete_run_says_so_and_what_comes_next_also_when_it_is_resumed(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "runs" / "demo")
+    done = run("alexnet-train", "--resume", "demo", cwd=tmp_path)
+    assert "complete after epoch 3; next: alexnet-eval runs/demo, alexnet-report runs/demo\n" in done.stderr
+    assert run("alexnet-train", "--resume", "demo", "--quiet", cwd=tmp_path).stderr == ""
+
+
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_finishes_the_step_saves_and_the_resumed_run_is_the_same(
     number, status, finished, ready_shards, tmp_path
