@@ -27,6 +27,7 @@ from trainer.recipe import Recipe
 from trainer.weights import Classes
 
 NUM_SAMPLES = 8  # paper, figure 4
+_MOST_TRIED = 64  # images, on the way to one of a new class
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +49,8 @@ class Samples:
 
 
 def read_samples(shards: ShardSet, colors: ColorStats, recipe: Recipe, num: int = NUM_SAMPLES) -> Samples | None:
-    """`num` validation images, evenly spaced over the split in the order of keys; None if there is none.
+    """`num` validation images, evenly spaced over the split in the order of keys, each moved on to the next of a class
+    not seen yet where there is one near; None if there are no images.
 
     Raises UserError for shards that cannot be read here: damaged ones, or those behind a URL that are not fetched yet.
     """
@@ -56,14 +58,21 @@ def read_samples(shards: ShardSet, colors: ColorStats, recipe: Recipe, num: int 
         return None
     total = shards.num_samples("val")
     num = min(num, total)
-    stored, labels = np.empty((num, 256, 256, 3), np.uint8), []
+    chosen: dict[int, tuple[bytes, int]] = {}
     for place in range(num):
-        image, label = _read_sample(shards, (2 * place + 1) * total // (2 * num))
+        start = (2 * place + 1) * total // (2 * num)
+        ahead = [position for step in range(_MOST_TRIED) if (position := (start + step) % total) not in chosen]
+        seen = {label for _, label in chosen.values()}
+        found = ((position, _read_sample(shards, position)) for position in ahead)
+        position, sample = next((pair for pair in found if pair[1][1] not in seen), (ahead[0], None))
+        chosen[position] = sample or _read_sample(shards, position)
+    stored, labels = np.empty((num, 256, 256, 3), np.uint8), []
+    for place, (_, (image, label)) in enumerate(sorted(chosen.items())):
         if shards.manifest.encoding == "raw":
             stored[place] = np.frombuffer(image, np.uint8).reshape(256, 256, 3)
         else:
             decode_into(np.frombuffer(image, np.uint8), stored[place])
-        labels.append(int(label))
+        labels.append(label)
     transform = Transform(recipe.mean, None, False, False, recipe.unit_variance, "float32", "NHWC")
     views = Views(torch.arange(num), torch.tensor([CENTRE_PX] * num), torch.zeros(num, dtype=torch.int64))
     finisher = CpuFinisher(transform, colors, 1, load_kernel())
@@ -73,7 +82,7 @@ def read_samples(shards: ShardSet, colors: ColorStats, recipe: Recipe, num: int 
     return Samples(crops, images.clone(), labels, shards.manifest.classes)
 
 
-def _read_sample(shards: ShardSet, position: int) -> tuple[bytes, bytes]:
+def _read_sample(shards: ShardSet, position: int) -> tuple[bytes, int]:
     """The stored image and class of the validation image at `position`, through its shard's index."""
     held = iter(shards.shards("val"))
     while position >= (shard := next(held)).samples:
@@ -83,7 +92,7 @@ def _read_sample(shards: ShardSet, position: int) -> tuple[bytes, bytes]:
         row = tar.with_suffix(".idx").read_text(encoding="ascii").splitlines()[1 + position].split()
         where = {ending: (int(offset), int(size)) for ending, offset, size, _ in zip(*[iter(row)] * 4, strict=True)}
         with tar.open("rb") as file:
-            return _read(file, *where[ENDINGS[shards.manifest.encoding]]), _read(file, *where["cls"])
+            return _read(file, *where[ENDINGS[shards.manifest.encoding]]), int(_read(file, *where["cls"]))
     except (OSError, ValueError, LookupError) as error:
         raise UserError(f"{tar}: a sample cannot be read ({error}); see `alexnet-prep verify`") from error
 

@@ -80,8 +80,14 @@ def read_study(run: Path, *, shards: str | None = None, num_images: int = 0, pre
         if study.model and num_images:
             _look_at_images(study, shards, num_images)
     file = predictions or run / PREDICTIONS
-    if predictions or file.is_file():
+    if (predictions or file.is_file()) and study.classes:
         study.answers = read_predictions(file, [wnid for wnid, _ in study.classes])
+    elif predictions:
+        raise UserError(
+            f"{run}: does not hold its classes, so {file} cannot be read; name the run's shards with --shards"
+        )
+    elif file.is_file():
+        study.left_out.append(f"{file.name}: the run does not hold its classes; name its shards with --shards")
     return study
 
 

@@ -5,6 +5,7 @@ from html.parser import HTMLParser
 
 import pytest
 
+from pipeline.errors import UserError
 from pipeline.names import load_ilsvrc2012
 from tests.trainer.reporting import WILD_CLASS, WILD_RUN, make_run
 from trainer.htmlreport import list_errors, render, write_page
@@ -96,6 +97,18 @@ def test_ten_crops_come_from_the_predictions_where_the_run_has_none(runs):
     top1, top5 = study.answers.errors
     assert list_errors([study])[0]["errors"][2:] == [f"{top1:.2f}", f"{top5:.2f}"]
     assert list_errors([read_study(runs[1])])[0]["errors"][2:] == ["", ""]
+
+
+def test_predictions_of_a_run_that_does_not_hold_its_classes_are_left_out_with_the_remedy(tmp_path):
+    run = make_run(tmp_path / "old", num_predictions=8, with_net=False)
+    config = read_config(run)
+    del config["classes"]
+    write_config(run, config)
+    study = read_study(run)
+    assert study.answers is None and "--shards" in study.left_out[0]
+    assert any("predictions.csv" in text for text in Page(render([study])).words("p"))
+    with pytest.raises(UserError, match="does not hold its classes"):
+        read_study(run, predictions=run / "predictions.csv")
 
 
 def test_a_run_on_imagenet_is_said_to_be_one(tmp_path):
