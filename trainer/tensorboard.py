@@ -15,10 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from pipeline.colorstats import ColorStats
 from pipeline.errors import UserError
 from pipeline.shardset import ShardSet
 from trainer.figures import kernel_grid
 from trainer.model import AlexNet
+from trainer.recipe import Recipe
 from trainer.samples import Samples, read_samples
 
 FOLDER = "tensorboard"
@@ -135,7 +137,7 @@ def is_wanted(asked: bool | None) -> bool:
     return there if asked is None else asked
 
 
-def open_board(run: Path, shards: ShardSet, colors: Any, recipe: Any, after_step: int | None) -> Board:
+def open_board(run: Path, shards: ShardSet, colors: ColorStats, recipe: Recipe, after_step: int | None) -> Board:
     """A board of a run, in its folder `tensorboard`; `after_step`: of a resumed run, its checkpoint's."""
     folder = run / FOLDER
     number = len(list(folder.iterdir())) if folder.is_dir() else 0

@@ -3,6 +3,7 @@
 import re
 from html.parser import HTMLParser
 
+import click
 import pytest
 
 from pipeline.errors import UserError
@@ -207,3 +208,26 @@ def test_letters_and_lines_stand_out_in_light_and_dark(page):
             for name in ("c0", "c1", "c2", "c3", "c4"):
                 assert contrast(colours[name], colours[ground]) >= 3.0, (name, ground)
         assert contrast(colours["ink"], colours["bar"]) >= 4.5
+
+
+def call(*words):
+    from trainer.cli import _report
+
+    return _report.main([str(word) for word in words], standalone_mode=False)
+
+
+def test_the_command_writes_the_page_where_it_is_told_and_reads_the_predictions_it_is_given(runs, tmp_path, capsys):
+    predictions = tmp_path / "mine.csv"
+    predictions.write_bytes((runs[0] / "predictions.csv").read_bytes())
+    target = tmp_path / "page.html"
+    call(runs[0], "--images", 0, "--predictions", predictions, "--out", target)
+    assert "from mine.csv" in target.read_text() and str(target) in capsys.readouterr().out
+    call(*runs, "--images", 0)
+    assert (runs[0] / "report.html").is_file() and not (runs[1] / "report.html").exists()
+
+
+def test_predictions_of_one_run_are_not_taken_for_those_of_two_and_a_target_is_checked_first(runs, tmp_path):
+    with pytest.raises(click.UsageError, match="one RUN"):
+        call(*runs, "--predictions", runs[0] / "predictions.csv")
+    with pytest.raises(UserError, match="there is no folder"):
+        call(runs[0], "--out", tmp_path / "gone" / "page.html")
