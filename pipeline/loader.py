@@ -123,6 +123,7 @@ class TrainLoader:
         self.local_batch_size = global_batch_size // world_size
         self.epoch = 1
         self.draws: Draws | None = None
+        self.keys = torch.zeros(0, dtype=torch.int64)  # of the latest batch, on the CPU
         self._step = 0
         self._num_steps = shards.num_samples("train") // global_batch_size
         self._shards, self._with_draws = shards, with_draws
@@ -200,6 +201,7 @@ class TrainLoader:
             images, (labels, keys, offset, flip, shift) = begun.images.result(), begun.drawn
             self._step += 1
             self._checkpoint = begun.checkpoint
+            self.keys = keys
             if self._with_draws:
                 self.draws = Draws(offset, flip, shift, [f"{key:0{KEY_DIGITS}d}" for key in keys.tolist()])
             labels = labels.to(images.device, non_blocking=True)

@@ -126,6 +126,8 @@ def _train(
     tensorboard: bool | None,
     checkpoint_minutes: float | None,
     keep_checkpoints: int | None,
+    on_nonfinite: str | None,
+    timeout_s: float | None,
 ) -> int:
     """Train AlexNet on shards, as the 2012 paper did.
 
@@ -214,6 +216,8 @@ def _train(
             config.get("safety", {}),
             checkpoint_minutes=checkpoint_minutes,
             keep_checkpoints=keep_checkpoints,
+            on_nonfinite=on_nonfinite,
+            timeout_s=timeout_s,
         ),
     )
     if under_launcher():

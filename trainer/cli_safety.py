@@ -28,7 +28,11 @@ def add_safety_options(function: Callable[..., Any]) -> Callable[..., Any]:
                            help="Save after so many minutes within an epoch, too; 0: only at its end.")  # fmt: skip
     keep = click.option("--keep-checkpoints", type=click.IntRange(min=1), show_default="3",
                         help="How many of the last checkpoints are kept, besides the best.")  # fmt: skip
-    for option in (keep, minutes):
+    nonfinite = click.option("--on-nonfinite", type=click.Choice(["stop", "skip"]), show_default="stop",
+                             help="When a loss is not finite: stop, or leave that update out and count.")  # fmt: skip
+    timeout = click.option("--timeout-s", type=click.FloatRange(min=1), show_default="600",
+                           help="End, with what all threads are doing, when nothing moves for so long, s.")  # fmt: skip
+    for option in (timeout, nonfinite, keep, minutes):
         function = option(function)
     return function
 

@@ -74,8 +74,9 @@ def launch_id() -> str | None:
 
 
 @contextmanager
-def join(use_gpu: bool) -> Iterator[Ranks]:
-    """Be a rank for the length of the block.
+def join(use_gpu: bool, timeout_s: float = 0.0) -> Iterator[Ranks]:
+    """Be a rank for the length of the block. A collective waits for longer than `timeout_s`, after which the watchdog
+    has spoken.
 
     Raises UserError if this rank's GPU or NCCL is missing, the port is taken, or the ranks' code or versions differ.
     """
@@ -91,7 +92,7 @@ def join(use_gpu: bool) -> Iterator[Ranks]:
             f"this torch ({torch.__version__}) has no NCCL, by which {world_size} GPUs reduce; install a CUDA build of "
             "torch, or use one GPU (--gpus 1)"
         )
-    _init(rank, world_size, use_gpu)
+    _init(rank, world_size, use_gpu, max(_MEETING, timedelta(seconds=1.5 * timeout_s + 60)))
     ranks = Ranks(rank, world_size, device)
     check_alike(describe_software(), ranks)
     _check_devices(ranks)
@@ -114,7 +115,7 @@ def choose_device(local_rank: int, use_gpu: bool) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-def _init(rank: int, world_size: int, use_gpu: bool) -> None:
+def _init(rank: int, world_size: int, use_gpu: bool, timeout: timedelta) -> None:
     """Raises UserError if the port by which ranks meet is taken."""
     global _failures
     try:
@@ -125,7 +126,7 @@ def _init(rank: int, world_size: int, use_gpu: bool) -> None:
             raise UserError(f"{where}: the port is in use; choose another with MASTER_PORT") from error
         raise
     dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if use_gpu else "gloo", store=store, rank=rank, world_size=world_size, timeout=_MEETING
+        "cpu:gloo,cuda:nccl" if use_gpu else "gloo", store=store, rank=rank, world_size=world_size, timeout=timeout
     )
     _failures = dist.PrefixStore(f"alexnet/failures/{restart_count()}", store)
 

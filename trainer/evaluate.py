@@ -78,10 +78,12 @@ def evaluate(
     dtype: torch.dtype,
     num_expected: int,
     keep: Keep | None = None,
+    on_batch: Callable[[], None] = lambda: None,
 ) -> Errors:
     """The errors of `model` over all ranks, the softmax outputs averaged over ten crops (paper, section 4.1).
 
-    dtype: torch.bfloat16 for autocast, else torch.float32; `keep` is given the outputs of each of this rank's batches.
+    dtype: torch.bfloat16 for autocast, else torch.float32; `keep` is given the outputs of each of this rank's batches;
+    `on_batch` is called after each.
     Raises UserError if another number of images came.
     """
     model.eval()
@@ -92,6 +94,7 @@ def evaluate(
             sums += count_errors(outputs, labels)
             if keep:
                 keep(outputs, labels, loader.keys)
+        on_batch()
     return to_errors(reduce_sum(sums, ranks), num_expected)
 
 

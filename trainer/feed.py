@@ -113,6 +113,11 @@ class TrainFeed:
         """Batches given so far in this epoch."""
         return self._loader.step
 
+    @property
+    def keys(self) -> Tensor:
+        """Of this rank's samples in the latest batch: int64 (b,), on the CPU."""
+        return self._loader.keys
+
     def begin_epoch(self, epoch: int) -> None:
         """To be told before each epoch: from `lighting_off_epoch` on it is another graph that reads."""
         if self._lighting_in(epoch) != self._lighting:

@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from trainer.distributed import Ranks
 from trainer.evaluate import choose_dtype
+from trainer.memory import Meter, explain, find_fitting_batch
 from trainer.model import AlexNet
 from trainer.native import keep_freed_memory
 from trainer.optim import make_optimizer, make_schedule
@@ -32,15 +33,24 @@ from trainer.recipe import Recipe
 
 
 def train_step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor, dtype: torch.dtype
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    images: Tensor,
+    labels: Tensor,
+    dtype: torch.dtype,
+    may_update: Callable[[Tensor], bool] | None = None,
 ) -> Tensor:
-    """Forward, backward, update (paper, section 5: the gradient averaged over the batch). Returns the logits."""
+    """Forward, backward, update (paper, section 5: the gradient averaged over the batch). Returns the logits.
+
+    `may_update`, given the loss when the gradients are there, can leave the update out.
+    """
     with torch.autocast(images.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
         logits = model(images)
         loss = functional.cross_entropy(logits, labels)
     optimizer.zero_grad()
     loss.backward()
-    optimizer.step()
+    if may_update is None or may_update(loss):
+        optimizer.step()
     return logits
 
 
@@ -74,9 +84,30 @@ class Learner:
         self.schedule = make_schedule(recipe, self.optimizer)
         self.net = connect(self.model, self.split, parallel, ranks)
 
-    def step(self, images: Tensor, labels: Tensor) -> Tensor:
-        """One update at the schedule's rates. Returns the logits."""
-        return train_step(self.net, self.optimizer, images, labels, self.dtype)
+    def step(self, images: Tensor, labels: Tensor, may_update: Callable[[Tensor], bool] | None = None) -> Tensor:
+        """One update at the schedule's rates, unless `may_update` says no. Returns the logits."""
+        return train_step(self.net, self.optimizer, images, labels, self.dtype, may_update)
+
+    def explain_out_of_memory(self, images: Tensor, labels: Tensor, meter: Meter) -> str:
+        """Which batch would fit, after a step with these did not: one line. Only this rank computes."""
+        tried, world_size = len(labels), self.split.world_size
+        self.optimizer.zero_grad()
+        if self.split.mode != "data":
+            return explain(tried, max(1, tried // 2), world_size, is_measured=False)
+        weights = list(self.model.parameters())
+        later = sum(weight.nbytes for weight in weights if not self.optimizer.state.get(weight))
+        return explain(tried, find_fitting_batch(self._try(images, labels), meter, tried, later), world_size)
+
+    def _try(self, images: Tensor, labels: Tensor) -> Callable[[int], None]:
+        def run(number: int) -> None:
+            """A step's forward and backward, of weights that share the net's memory but not its hooks."""
+            weights = {name: weight.detach().requires_grad_() for name, weight in self.model.named_parameters()}
+            with torch.autocast(images.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+                logits = torch.func.functional_call(self.model, weights, (images[:number],))
+                loss = functional.cross_entropy(logits, labels[:number])
+            loss.backward()
+
+        return run
 
     def state_dict(self) -> dict[str, Any]:
         return {

@@ -87,7 +87,7 @@ class Split:
 
     def __init__(self, mode: Mode, ranks: Ranks) -> None:
         self.mode: Mode = mode if ranks.world_size > 1 else "data"
-        self._rank, self._world_size = ranks.rank, ranks.world_size
+        self._rank, self.world_size = ranks.rank, ranks.world_size
 
     def dim(self, name: str) -> int | None:
         """The dimension that ranks divide; None for a tensor that each holds whole."""
@@ -101,7 +101,7 @@ class Split:
     def cut(self, name: str, whole: Tensor) -> Tensor:
         """This rank's part of a tensor, with memory of its own."""
         dim = self.dim(name)
-        return whole if dim is None else whole.chunk(self._world_size, dim)[self._rank].clone()
+        return whole if dim is None else whole.chunk(self.world_size, dim)[self._rank].clone()
 
     def join(self, name: str, part: Tensor) -> Tensor:
         """The whole of a tensor, on every rank. Every rank calls it alike."""

@@ -6,19 +6,17 @@ and velocity whole, whatever the ranks hold. Nothing waits for the device within
 record is due. Left out: flags (cli.py), what learns (learner.py), what is read (feed.py), what is written (journal.py).
 """
 
-import hashlib
 import math
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from pipeline.colorstats import ColorStats
 from pipeline.console import set_voice, warn
 from pipeline.errors import UserError
+from pipeline.loader import Batch
 from pipeline.shardset import ShardSet
 from trainer.display import choose_display
 from trainer.distributed import (
@@ -27,7 +25,6 @@ from trainer.distributed import (
     check_alike,
     gather,
     join,
-    launch_id,
     reduce_sum,
     restart_count,
 )
@@ -39,21 +36,24 @@ from trainer.job import LOG_STEPS
 from trainer.job import Job as Job
 from trainer.journal import Journal
 from trainer.learner import Learner
+from trainer.lossguard import LossGuard, StuckLoss
+from trainer.memory import GpuMeter
 from trainer.model import AlexNet
 from trainer.parallel import check as check_parallel
 from trainer.recipe import to_dict
 from trainer.resume import EPOCH, check_resumable, choose_streams, find_resumed, load_resumed
+from trainer.runfacts import describe, get_random_state, list_facts, set_random_state
 from trainer.runlog import BEST, CHECKPOINTS
 from trainer.saving import Saver, list_steps
 from trainer.tally import Tally
 from trainer.tensorboard import Board, open_board
-from trainer.weights import list_classes
+from trainer.watchdog import Watchdog
 
 
 def run_rank(job: Job) -> int:
     """The whole run as seen by one rank. Returns the exit status: 0, or 130/143 when stopped by a signal."""
     set_voice(job.voice)
-    with join(job.use_gpu) as ranks, StopRequest(ranks) as stop:
+    with join(job.use_gpu, job.safety.timeout_s) as ranks, StopRequest(ranks) as stop:
         run = _Run(job, ranks)
         try:
             return run.train(stop)
@@ -80,7 +80,7 @@ class _Run:
                 "stalls; shard a source with val/, or use --set schedule=cosine"
             )
         saved = load_resumed(job, self.resume, warn if ranks.is_first else lambda _: None)
-        check_alike(self._facts(saved), ranks)
+        check_alike(list_facts(job, self.shards, self.colors, saved), ranks)
         if saved:
             check_resumable(saved, self.resume, self.shards, ranks)
         self.started_from: Start | None = None
@@ -109,8 +109,9 @@ class _Run:
             else None
         )
         self.journal = Journal(
-            ranks, job.runs, job.name, self._config(), self.colors, resume=self.resume, step=self.step,
-            epoch=self.epoch, voice=job.voice, make_board=self._open_board if job.tensorboard else None,
+            ranks, job.runs, job.name, describe(job, self.shards, ranks, self.started_from), self.colors,
+            resume=self.resume, step=self.step, epoch=self.epoch, voice=job.voice,
+            make_board=self._open_board if job.tensorboard else None,
         )  # fmt: skip
         self.saver = Saver(
             self.journal.folder / CHECKPOINTS,
@@ -119,7 +120,18 @@ class _Run:
             minutes=job.safety.checkpoint_minutes,
             before=self.journal.sync,
             tell=self._tell_unsaved,
+            alive=lambda: self.watchdog.beat("a piece of a checkpoint"),
         )
+        self.is_prepared = False
+        self.watchdog = Watchdog(ranks, job.safety.timeout_s)
+        self.guard = LossGuard(
+            ranks,
+            self.journal.folder,
+            job.safety.on_nonfinite,
+            list(self.learner.model.parameters()),
+            int(saved.get("skipped", 0)) if saved else 0,
+        )
+        self.stuck = StuckLoss(self.shards.num_classes, len(self.feed))
 
     def _open_board(self, run: Path) -> Board:
         return open_board(run, self.shards, self.colors, self.job.recipe, self.step if self.resume else None)
@@ -128,36 +140,6 @@ class _Run:
         assert self.job.weights is not None
         weights = load_any(self.job.weights, is_completed=False)
         self.started_from = start_from(model, weights, self.shards.manifest.classes)
-
-    def _config(self) -> dict[str, Any]:
-        return {
-            "recipe": to_dict(self.job.recipe),
-            "seed": self.job.seed,
-            "shards": self.shards.location,
-            "shards_fingerprint": self.shards.fingerprint,
-            "num_classes": self.shards.num_classes,
-            "classes": list_classes(self.shards.manifest.classes),
-            "world_size": self.ranks.world_size,
-            "device": self.ranks.device.type,
-            "feeding": asdict(self.job.feeding),
-            "weights": self.started_from and asdict(self.started_from),
-            "parallel": asdict(self.job.parallel),
-            "safety": asdict(self.job.safety),
-            "launch_id": launch_id(),
-        }
-
-    def _facts(self, saved: dict[str, Any] | None) -> dict[str, str]:
-        """What has to be the same on all ranks."""
-        return {
-            "shards": self.shards.fingerprint[:12],
-            "colours (SHA-256)": hashlib.sha256(self.colors.mean_image.tobytes()).hexdigest()[:12],
-            **{f"recipe field {name}": str(value) for name, value in to_dict(self.job.recipe).items()},
-            "--seed": str(self.job.seed),
-            "--weights": str(self.job.weights),
-            "--parallel": str(self.job.parallel),
-            "--checkpoint-minutes and the like": str(self.job.safety),
-            "the step to resume from": str(saved["step"]) if saved else "0",
-        }
 
     def train(self, stop: StopRequest) -> int:
         recipe, steps_per_epoch = self.job.recipe, len(self.feed)
@@ -179,7 +161,7 @@ class _Run:
             self.journal.event("restart", step=self.step, number=restart_count())
         tally = Tally(recipe.epochs, steps_per_epoch, steps_done=self.step, best_error=self.best_error)
         stopped, status = "", 0
-        with choose_display(self.job.voice if self.ranks.is_first else "quiet", tally) as display:
+        with choose_display(self.job.voice if self.ranks.is_first else "quiet", tally) as display, self.watchdog:
             self.journal.show(display)
             while not self.learner.schedule.finished(self.epoch - 1):
                 status = self._train_epoch(stop)
@@ -209,9 +191,10 @@ class _Run:
             waited_s += time.perf_counter() - asked_s
             in_epoch = self.feed.step
             self.learner.schedule.begin_step(self.epoch, in_epoch - 1, num_steps)
-            logits = self.learner.step(batch.images, batch.labels)
-            self.sums += count_errors(logits, batch.labels)
-            self.step += 1
+            self._learn(batch)
+            if not self.is_prepared:  # after a step, when there is a velocity
+                self.saver.prepare(self.learner.state_dict())
+                self.is_prepared = True
             self.journal.stepped(self.epoch, in_epoch)
             num_timed += len(batch.labels) * self.ranks.world_size
             if in_epoch % LOG_STEPS == 0 or in_epoch == num_steps:
@@ -220,14 +203,32 @@ class _Run:
                 now_s = time.perf_counter()
                 took_s = now_s - since_s
                 self.time_s += took_s
-                self._record(record, num_timed / took_s, waited_s / took_s)
+                num_logged = (in_epoch - 1) % LOG_STEPS + 1
+                self._record(record, num_logged, num_timed / took_s, waited_s / took_s)
                 since_s, waited_s, num_timed = now_s, 0.0, 0
                 if is_due and in_epoch < num_steps:
                     self._save()
-            status = stop.status()
+            status = stop.status()  # every rank's: they all have come here
+            self.watchdog.beat(f"step {self.step} of epoch {self.epoch}")
             if status:
                 self.time_s += time.perf_counter() - since_s
                 return status
+
+    def _learn(self, batch: Batch) -> None:
+        self.step, guard = self.step + 1, self.guard
+        guard.begin(self.step, self.feed.keys, epoch=self.epoch, lr=self.learner.schedule.lr)
+        try:
+            logits = self.learner.step(batch.images, batch.labels, guard.may_update if guard.asks else None)
+        except torch.OutOfMemoryError:
+            logits = None  # outside of this clause, which holds on to what the step has made
+        if logits is None:
+            raise UserError(self.learner.explain_out_of_memory(batch.images, batch.labels, GpuMeter()))
+        if guard.has_skipped:  # neither learnt from nor counted
+            self.journal.event("nonfinite_skipped", step=self.step, epoch=self.epoch, total=guard.skipped)
+            return
+        counted = count_errors(logits, batch.labels)
+        guard.saw(counted[1])
+        self.sums += counted
 
     def _take_sums(self, wish: bool) -> tuple[Errors, bool]:
         """What was summed since the last record, over all ranks, and whether any has a wish; the sums begin anew."""
@@ -235,9 +236,10 @@ class _Run:
         *sums, num_wishes = reduce_sum(torch.cat((self.sums, asked)), self.ranks).tolist()
         count, loss, wrong1, wrong5 = sums
         self.sums.zero_()
-        return Errors(int(count), loss / count, 100 * wrong1 / count, 100 * wrong5 / count), num_wishes > 0
+        each = 1 / count if count else math.nan  # all skipped
+        return Errors(int(count), loss * each, 100 * wrong1 * each, 100 * wrong5 * each), num_wishes > 0
 
-    def _record(self, got: Errors, rate: float, waited: float) -> None:
+    def _record(self, got: Errors, num_steps: int, rate: float, waited: float) -> None:
         self.journal.train(
             got,
             step=self.step,
@@ -247,11 +249,12 @@ class _Run:
             data_wait_fraction=waited,
             time_s=self.time_s,
         )
-        if not math.isfinite(got.loss):
-            raise UserError(
-                f"training loss is {got.loss} after step {self.step}, expected a finite number; the last checkpoint is "
-                "kept: try a lower --lr"
-            )
+        if not math.isfinite(got.loss) and not self.guard.asks:
+            self.guard.stop(got.loss)
+        said = self.stuck.watch(got.loss, num_steps, self.learner.schedule.lr)
+        if said and self.ranks.is_first:
+            warn(f"warning: {said}")
+            self.journal.event("loss_stuck", step=self.step, epoch=self.epoch, text=said)
 
     def _end_epoch(self) -> None:
         epoch, is_best, result = self.epoch, True, ""
@@ -259,7 +262,10 @@ class _Run:
             self.journal.evaluating(epoch)
             num_images, schedule = self.shards.num_samples("val"), self.learner.schedule
             model, dtype = self.learner.whole_model(), self.learner.dtype
-            errors = evaluate(model, self.eval_loader, self.ranks, dtype, num_images)
+            errors = evaluate(
+                model, self.eval_loader, self.ranks, dtype, num_images,
+                on_batch=lambda: self.watchdog.beat(f"a batch of the evaluation after epoch {epoch}"),
+            )  # fmt: skip
             is_best = errors.top1_error < self.best_error
             self.best_error = min(self.best_error, errors.top1_error)
             self.journal.eval(errors, self.step, epoch)
@@ -279,7 +285,7 @@ class _Run:
     def _save(self, *names: str) -> None:
         """Begin to save; the checkpoint will have `names`, too."""
         self.saver.wait()
-        mine = {"loader": self.feed.state_dict(), "sums": self.sums.cpu(), "random": _random_state(self.ranks)}
+        mine = {"loader": self.feed.state_dict(), "sums": self.sums.cpu(), "random": get_random_state(self.ranks)}
         states, learnt = gather(mine, self.ranks), self.learner.state_dict()
         state = {
             **learnt,
@@ -292,6 +298,7 @@ class _Run:
             "epoch": self.epoch,
             "time_s": self.time_s,
             "best_error": self.best_error,
+            "skipped": self.guard.skipped,
             "is_best": BEST in names,
             "ranks": states,
         }
@@ -312,13 +319,4 @@ class _Run:
         mine = saved["ranks"][self.ranks.rank]
         self.sums.copy_(mine["sums"])
         self.feed.load_state_dict(mine["loader"], self.epoch)
-        torch.set_rng_state(mine["random"]["cpu"])
-        if self.ranks.device.type == "cuda":
-            torch.cuda.set_rng_state(mine["random"]["cuda"])
-
-
-def _random_state(ranks: Ranks) -> dict[str, Tensor]:
-    state = {"cpu": torch.get_rng_state()}
-    if ranks.device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
+        set_random_state(mine["random"], self.ranks)

@@ -5,17 +5,21 @@ import io
 import json
 import os
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from pipeline.errors import UserError
+from tests.trainer.nets import DEMO
 from trainer import checkpoint
 from trainer.distributed import Ranks
+from trainer.job import Job
 from trainer.journal import Journal
 from trainer.resume import list_saved
 from trainer.saving import Saver, Snapshot, list_steps
+from trainer.train import run_rank
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 
@@ -42,7 +46,7 @@ class Folder:
         self.num_alive += 1
 
     def save(self, step: int, *names: str) -> None:
-        self.saver.begin(make_state(step), step, names)
+        self.saver.begin(make_state(float(step)), step, names)
         self.saver.wait()
 
     def names(self) -> list[str]:
@@ -70,6 +74,36 @@ def test_the_next_snapshot_lies_in_the_same_memory_unless_a_tensor_has_another_s
     assert first["model"]["conv1.weight"].data_ptr() == second["model"]["conv1.weight"].data_ptr()
     assert (second["model"]["conv1.weight"] == 2).all()
     assert snapshot.take({"model": {"conv1.weight": torch.ones(7)}})["model"]["conv1.weight"].shape == (7,)
+
+
+def test_the_memory_for_copies_is_taken_at_the_start_and_used_by_every_save(folder):
+    folder.saver.prepare(make_state(1.0))
+    kept = {name: buffer.data_ptr() for name, buffer in folder.saver._snapshot._buffers.items()}
+    assert folder.names() == [] and len(kept) == 4
+    folder.save(10)
+    assert {name: buffer.data_ptr() for name, buffer in folder.saver._snapshot._buffers.items()} == kept
+    assert (checkpoint.load(folder.path / "last.pt")["model"]["conv1.weight"] == 10).all()
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.arange(24.0).reshape(4, 6)[:, 1:3],
+        torch.arange(24.0).reshape(4, 6).t(),
+        torch.arange(6.0)[2:],
+        torch.zeros(0, 3),
+        torch.tensor(7, dtype=torch.int64),
+        torch.arange(5).to(torch.bfloat16),
+        torch.arange(3.0).expand(4, 3),
+    ],
+    ids=["a part", "transposed", "an end", "empty", "one number", "bfloat16", "repeated"],
+)
+def test_tensors_of_any_form_are_copied_as_they_are(tensor):
+    snapshot = Snapshot()
+    for _ in range(2):
+        copy = snapshot.take({"a": [tensor]})["a"][0]
+        assert torch.equal(copy, tensor) and copy.dtype == tensor.dtype
+        assert copy.numel() == 0 or copy.data_ptr() != tensor.data_ptr()
 
 
 def test_what_is_written_is_the_state_of_the_moment_though_training_goes_on_before_the_write(tmp_path):
@@ -286,3 +320,17 @@ def test_an_evaluation_is_cut_where_the_checkpoint_of_its_step_is_from_before_it
     make_journal(tmp_path, journal.folder, step=64, epoch=epoch).close()
     lines = (journal.folder / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["epoch"] for line in lines] == kept
+
+
+def test_a_run_on_a_full_disk_goes_on_to_its_end_and_then_says_what_it_could_not_save(ready_shards, small_disk, capsys):
+    runs = small_disk(4)  # a checkpoint of the narrow net takes 3
+    recipe = replace(DEMO, global_batch_size=16, epochs=3, schedule="milestones")
+    job = Job(str(ready_shards), runs, "run", recipe, seed=0, use_gpu=False, num_threads=1)
+    with pytest.raises(UserError, match=r"of step 12, could not be saved: .*No space.*; the one of step 4 is kept"):
+        run_rank(job)
+    records = [json.loads(line) for line in (runs / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records if record["kind"] == "eval"] == [4, 8, 12]
+    assert [record["step"] for record in records if record.get("name") == "checkpoint_failed"] == [8]
+    assert "warning: no checkpoint of step 8: " in capsys.readouterr().err
+    assert [path.name for path in list_saved(runs / "run" / "checkpoints")] == ["last.pt"]
+    assert checkpoint.load(runs / "run" / "checkpoints" / "last.pt")["step"] == 4
