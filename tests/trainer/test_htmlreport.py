@@ -211,9 +211,9 @@ def test_letters_and_lines_stand_out_in_light_and_dark(page):
 
 
 def call(*words):
-    from trainer.cli import _report
+    from trainer.cli_report import report
 
-    return _report.main([str(word) for word in words], standalone_mode=False)
+    return report.main([str(word) for word in words], standalone_mode=False)
 
 
 def test_the_command_writes_the_page_where_it_is_told_and_reads_the_predictions_it_is_given(runs, tmp_path, capsys):
