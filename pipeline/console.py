@@ -102,8 +102,9 @@ def can_redraw() -> bool:
 def show_cursor() -> None:
     """Undo what a live display does to a terminal; for whoever ends the process, or one of its own, by force."""
     if not sys.stderr.closed and can_redraw():
-        sys.stderr.write(SHOW_CURSOR)
-        sys.stderr.flush()
+        stream = getattr(sys.stderr, "rich_proxied_file", sys.stderr)  # a live display holds back what has no line end
+        stream.write(SHOW_CURSOR)
+        stream.flush()
 
 
 def _raise_terminated(_signal: int, _frame: FrameType | None) -> None:

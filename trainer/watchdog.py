@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 
+from pipeline.console import show_cursor
 from trainer.distributed import Ranks, gather, is_first_to, under_launcher
 
 STATUS_HUNG, STATUS_HUNG_RANK = 1, 70  # alone; as a rank, whose launcher may start it again
@@ -110,6 +111,7 @@ class Watchdog:
             "error: ended after --timeout-s; the last checkpoint is kept: go on with --resume, or with a longer "
             "--timeout-s if it was only slow\n"
         )
+        show_cursor()  # the display will not get to it
         self._end(status)
 
     def _is_first(self) -> bool:

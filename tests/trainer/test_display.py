@@ -179,6 +179,14 @@ def test_the_cursor_is_back_however_training_ends(monkeypatch, reason):
     assert shown.rindex(SHOW_CURSOR) > shown.rindex(HIDE_CURSOR)
 
 
+def test_who_ends_the_process_by_force_can_show_the_cursor_while_the_display_lives(monkeypatch):
+    terminal = attach_terminal(monkeypatch)
+    with choose_display("words", Tally(1, 10, clock=ticking(1.0))):
+        assert SHOW_CURSOR not in terminal.getvalue()
+        console.show_cursor()
+        assert SHOW_CURSOR in terminal.getvalue()
+
+
 # What it adds up to
 
 
