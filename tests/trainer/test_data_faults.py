@@ -15,8 +15,10 @@ from pipeline.shardset import MANIFEST, ShardSet
 from tests.pipeline.test_loader_faults import garble_one_image
 from tests.pipeline.test_loader_replaced import flip_a_byte, write_label
 from tests.trainer.nets import DEMO, make_run
+from trainer import ensemble
 from trainer.cli import _train
 from trainer.cli_nets import evaluate, predict
+from trainer.launch import launch
 
 BIN = Path(sys.executable).parent
 NARROW = ["--recipe", "demo", "--set", "width=0.0625", "--global-batch-size", "4", "--epochs", "3"]
@@ -95,6 +97,19 @@ def test_evaluation_names_what_is_damaged(spoilt, tmp_path, damage):
     with pytest.raises(UserError) as caught:
         evaluate.main([str(run), "--gpus", "0", "--json"], standalone_mode=False)
     assert expected in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", ["image", "label"])
+def test_evaluation_on_two_ranks_names_it_once_and_ends(spoilt, tmp_path, capfd, damage):
+    run = make_run(tmp_path / "runs", "run", spoilt.root, DEMO)
+    if damage == "image":
+        expected = f"sample {garble_one_image(spoilt, 'val')} cannot be decoded ("
+    else:
+        expected = f"sample {write_label(spoilt, 'val', b'00009')} has the label"
+    job = ensemble.Job(nets=(run,), checkpoint="best", shards=str(spoilt.root), use_gpu=False, num_threads=1)
+    assert launch(ensemble.run_rank, (job,), 2) == 1
+    assert_one_line(capfd.readouterr().err, f"val-000001.tar: {expected}")
 
 
 def test_prediction_names_the_files_it_cannot_use_and_goes_on(ready_shards, synth_tree, tmp_path, capsys):
