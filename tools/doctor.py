@@ -23,7 +23,13 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-EXTRAS = {"ray": ("ray",), "parquet": ("pyarrow",), "s3": ("fsspec", "s3fs"), "onnx": ("onnx", "onnxruntime")}
+EXTRAS = {
+    "ray": ("ray",),
+    "parquet": ("pyarrow",),
+    "s3": ("fsspec", "s3fs"),
+    "onnx": ("onnx", "onnxruntime"),
+    "tensorboard": ("tensorboard",),
+}
 _JPEG_SIZE_PX = 64
 _LARGEST_DIFFERENCE = 3.0  # grey levels, mean over pixels: a smooth image survives JPEG nearly unharmed
 
