@@ -77,6 +77,7 @@ def test_every_effect_changes_the_fields_it_names_and_no_other(ablate):
         assert different == named[effect.name]
 
 
+@pytest.mark.slow
 def test_the_table_has_the_errors_that_alexnet_eval_counts(ablation, ready_shards):
     from pipeline.shardset import ShardSet
     from trainer.distributed import Ranks

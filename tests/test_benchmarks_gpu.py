@@ -38,6 +38,7 @@ def run_script(*arguments, status=0):
     return done
 
 
+@pytest.mark.slow
 def test_every_part_runs_on_the_cpu_and_its_batches_are_the_cpus(ready_shards, tmp_path):
     raw, report = make_raw(ready_shards, tmp_path / "raw"), tmp_path / "gpu.json"
     shown = run_script(

@@ -37,6 +37,7 @@ def is_installed(module):
     return subprocess.run([sys.executable, "-c", f"import {module}"], capture_output=True, check=False).returncode == 0
 
 
+@pytest.mark.slow
 def test_preparation_is_timed_with_the_peers_there_are_and_the_others_are_named(synth_tree, tmp_path):
     report = tmp_path / "prepare.json"
     text = run_script(

@@ -288,6 +288,7 @@ def test_step_needs_no_shards_and_its_operations_agree_with_its_rate():
     assert list(result["parts_ms"]) == ["forward", "backward", "update"] and min(result["parts_ms"].values()) > 0
 
 
+@pytest.mark.slow
 def test_train_reports_all_three_and_what_to_change(ready_shards):
     result = run_json("train", "--shards", ready_shards, *NARROW_FLAGS)
     check_surroundings(result)

@@ -77,6 +77,7 @@ def error(outputs: np.ndarray, labels: list[int], k: int) -> float:
     return 100 * float(np.mean([label not in row for label, row in zip(labels, best, strict=True)]))
 
 
+@pytest.mark.slow
 def test_each_net_and_the_average_of_their_outputs_have_the_errors_counted_by_hand(runs, ready_shards, tmp_path):
     text, _ = ask(*names(runs), "--json", "--predictions", tmp_path / "out.csv")
     result = json.loads(text)
@@ -121,6 +122,7 @@ def test_one_run_keeps_its_form_and_logs_its_ten_crops_once(runs, tmp_path):
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 1  # a file is nobody's run
 
 
+@pytest.mark.slow
 def test_two_ranks_give_the_same_errors_and_predictions_each_image_once(runs, ready_shards, tmp_path, capfd):
     texts, tables = [], []
     for num_ranks in (1, 2):

@@ -85,6 +85,7 @@ def test_a_signal_finishes_the_step_saves_and_the_resumed_run_is_the_same(
     assert_same_run(tmp_path / "runs" / "demo", finished)
 
 
+@pytest.mark.slow
 def test_a_run_resumed_at_the_epoch_that_ends_the_colour_noise_equals_one_straight_through(ready_shards, tmp_path):
     words = ["--shards", ready_shards, *NARROW, "--set", "schedule=milestones", "--set", "lighting_off_epoch=2"]
     run("alexnet-train", *words, "--epochs", 2, "--name", "straight", cwd=tmp_path)
