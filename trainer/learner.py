@@ -4,6 +4,7 @@ The decision that shaped it: one object is what the training loop and every meas
 timed is what trains. Left out: data (feed.py), epochs and records (train.py).
 """
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,7 @@ from trainer.distributed import Ranks
 from trainer.evaluate import choose_dtype
 from trainer.memory import Meter, explain, find_fitting_batch
 from trainer.model import AlexNet
-from trainer.native import keep_freed_memory
+from trainer.native import keep_freed_memory, release_freed_memory
 from trainer.optim import make_optimizer, make_schedule
 from trainer.parallel import (
     DATA,
@@ -30,6 +31,8 @@ from trainer.parallel import (
     whole_model,
 )
 from trainer.recipe import Recipe
+
+REST_S = 60.0
 
 
 def train_step(
@@ -72,7 +75,7 @@ class Learner:
         """`start` may change the whole net's weights before ranks divide it."""
         if ranks.device.type == "cpu":
             keep_freed_memory()
-        self._recipe = recipe
+        self._recipe, self._rested_s = recipe, time.monotonic()
         self.dtype = choose_dtype(recipe.precision, ranks.device)
         self.split = Split(parallel.mode, ranks)
         self.model = AlexNet.from_recipe(recipe, num_classes, seed=seed)
@@ -83,6 +86,12 @@ class Learner:
         self.optimizer = make_optimizer(self.model, recipe)
         self.schedule = make_schedule(recipe, self.optimizer)
         self.net = connect(self.model, self.split, parallel, ranks)
+
+    def rest(self) -> None:
+        """Between epochs: host memory that was freed goes back to the system, once a minute at the most."""
+        if time.monotonic() - self._rested_s >= REST_S:
+            release_freed_memory()
+            self._rested_s = time.monotonic()
 
     def step(self, images: Tensor, labels: Tensor, may_update: Callable[[Tensor], bool] | None = None) -> Tensor:
         """One update at the schedule's rates, unless `may_update` says no. Returns the logits."""

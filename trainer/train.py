@@ -281,6 +281,7 @@ class _Run:
         self.journal.epoch_done(epoch, result)
         self.epoch += 1
         self._save(EPOCH, *([BEST] if is_best else []))
+        self.learner.rest()
 
     def _save(self, *names: str) -> None:
         """Begin to save; the checkpoint will have `names`, too."""

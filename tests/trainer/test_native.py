@@ -6,8 +6,11 @@ import sys
 import pytest
 import torch
 
-from trainer import native
+from trainer import learner, native
+from trainer.distributed import Ranks
+from trainer.learner import Learner
 from trainer.native import Native, Norm, load_native
+from trainer.recipe import RECIPES, override
 
 PAPER = Norm(2.0, 5, 1e-4, 0.75)
 COUNT_FAULTS = """
@@ -22,6 +25,22 @@ assert keep_freed_memory()
 for _ in range(20):
     count()  # the first few leave gaps
 print(given_back[-1], count())
+"""
+
+COUNT_RESIDENT = """
+import torch
+from pathlib import Path
+from trainer.native import keep_freed_memory, release_freed_memory
+def resident_mib():
+    return int(Path("/proc/self/statm").read_text().split()[1]) // 256
+assert keep_freed_memory()
+before = resident_mib()
+block = torch.empty(1 << 26).fill_(1.0)
+rest = torch.empty(1024).fill_(1.0)  # behind it
+del block
+kept = resident_mib()
+assert release_freed_memory()
+print(before, kept, resident_mib())
 """
 
 
@@ -67,3 +86,21 @@ def test_freed_memory_is_used_again_without_asking_the_system():
     done = subprocess.run([sys.executable, "-c", COUNT_FAULTS], capture_output=True, text=True, check=True)
     given_back, kept = map(int, done.stdout.split())
     assert kept < 10 < 1000 < given_back
+
+
+def test_what_was_kept_is_given_back_when_asked():
+    done = subprocess.run([sys.executable, "-c", COUNT_RESIDENT], capture_output=True, text=True, check=True)
+    before, kept, left = map(int, done.stdout.split())
+    assert kept - before > 250 and left - before < 30  # of a block of 256 MiB
+
+
+def test_a_learner_gives_back_once_a_minute_at_the_most(monkeypatch):
+    times, given = iter([0.0, 59.0, 61.0, 61.0, 100.0, 130.0, 130.0]), []
+    monkeypatch.setattr(learner.time, "monotonic", lambda: next(times))
+    monkeypatch.setattr(learner, "release_freed_memory", lambda: given.append(True))
+    trained = Learner(override(RECIPES["demo"], ["width=0.0625"]), 4, Ranks(0, 1, torch.device("cpu")))
+    counts = []
+    for _ in range(4):
+        trained.rest()
+        counts.append(len(given))
+    assert counts == [0, 1, 1, 2]
