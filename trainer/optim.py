@@ -9,6 +9,7 @@ P = Krizhevsky, Sutskever & Hinton, NIPS 2012, with the section; S = the 2012 so
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
@@ -80,7 +81,7 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> PaperSGD:
     return PaperSGD(groups, lr=recipe.lr, momentum=recipe.momentum)
 
 
-class Schedule:
+class Schedule(ABC):
     """Sets the optimiser's rates before each step; epochs count from 1, the steps of an epoch from 0.
 
     A subclass says what the weights' rate is. On top of that, in every schedule: biases may have a fixed rate of their
@@ -117,9 +118,9 @@ class Schedule:
         """Whether training is over after this many epochs; also true of a finished run's restored schedule."""
         return epoch >= self._recipe.epochs
 
+    @abstractmethod
     def rate(self, epoch: int, step: int, steps_per_epoch: int) -> float:
         """The weights' rate at this step: a pure function of the arguments, the recipe and the state."""
-        raise NotImplementedError
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -200,5 +201,9 @@ class Cosine(Schedule):
 
 def make_schedule(recipe: Recipe, optimizer: torch.optim.Optimizer) -> Schedule:
     """The recipe's schedule over an optimiser from `make_optimizer`."""
-    kinds = {"plateau": Plateau, "milestones": Milestones, "cosine": Cosine}
+    kinds: dict[str, type[Plateau | Milestones | Cosine]] = {
+        "plateau": Plateau,
+        "milestones": Milestones,
+        "cosine": Cosine,
+    }
     return kinds[recipe.schedule](recipe, optimizer)

@@ -1,5 +1,6 @@
 """How commands speak: status, streams, one-line errors, and no control codes where nobody sees them."""
 
+import contextlib
 import json
 import os
 import pty
@@ -103,11 +104,9 @@ def test_progress_draws_a_bar_on_a_terminal_and_no_control_codes_elsewhere():
     run("do", "progress", capture_output=False, stderr=terminal, env={**os.environ, "TERM": "xterm", "COLUMNS": "100"})
     os.close(terminal)
     shown = b""
-    try:
+    with contextlib.suppress(OSError):  # the end of a terminal nobody holds any more
         while part := os.read(reader, 4096):
             shown += part
-    except OSError:
-        pass  # the end of a terminal nobody holds any more
     os.close(reader)
     assert b"\x1b[" in shown and b"4/4" in shown and b"failures 0" in shown
 
