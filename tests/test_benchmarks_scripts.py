@@ -275,6 +275,24 @@ def test_a_soak_of_training_counts_its_processes_and_finds_nothing_left(ready_sh
     assert "zombies at most 0" in said and int(said.partition("threads ")[2].partition(",")[0]) > 2
 
 
+@pytest.mark.parametrize(
+    ("counts", "expected"),
+    [
+        ([15], False),
+        ([15, 16], True),
+        ([11, 15, 16, 15, 15, 15, 16, 17], False),
+        ([15, 15, 15, 16, 15, 15, 15, 16], False),
+        ([15, 15, 15, 16, 16, 17, 17, 18], True),
+        (list(range(20, 60)), True),
+    ],
+)
+def test_a_count_has_grown_if_it_stays_above_what_it_was(counts, expected, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import soak
+
+    assert soak.has_grown(counts) is expected
+
+
 @pytest.mark.parametrize(("limit", "status"), [(1e9, 0), (-1e9, 1)])
 def test_a_soak_says_what_it_held_and_fails_above_its_limit(ready_shards, limit, status):
     done = subprocess.run(
