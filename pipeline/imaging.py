@@ -93,10 +93,14 @@ def resize(part: "torch.Tensor", rows: Window, columns: Window, *, as_float: boo
     batch = part[None].permute(0, 3, 1, 2)
     if as_float:
         batch = batch.to(torch.float32, memory_format=torch.contiguous_format)
-    sizes = [rows.skip + IMAGE_SIZE_PX, columns.skip + IMAGE_SIZE_PX]
+    # An axis that is to stay as long as it is torch leaves out, whatever its scale: such a one gets an output more.
+    sizes = [axis.skip + IMAGE_SIZE_PX for axis in (rows, columns)]
+    for number, axis in enumerate((rows, columns)):
+        sizes[number] += part.shape[number] == sizes[number] and axis.scale != 1
     # The operator behind F.interpolate, which would not take both sizes and scales.
     larger = torch.ops.aten._upsample_bicubic2d_aa(batch, sizes, False, 1 / rows.scale, 1 / columns.scale)
-    square = larger[0, :, rows.skip :, columns.skip :].permute(1, 2, 0)
+    crop = (slice(axis.skip, axis.skip + IMAGE_SIZE_PX) for axis in (rows, columns))
+    square = larger[(0, slice(None), *crop)].permute(1, 2, 0)
     if as_float:
         square = square.round().clamp(0, 255).to(torch.uint8)
     return square.contiguous()

@@ -115,7 +115,7 @@ def test_a_child_and_all_it_started_are_stopped_between_questions_and_gone_after
 
 def comes_to(pid: int, *states: str) -> bool:
     """Whether a process gets into one of `states` soon: a signal lands when its target next runs."""
-    return any(state_of(pid) in states for _ in range(200_000))
+    return any(state_of(pid) in states for _ in range(2_000_000))
 
 
 def test_processor_time_of_a_child_is_counted(start):
