@@ -89,6 +89,7 @@ class Schedule(ABC):
     """
 
     def __init__(self, recipe: Recipe, optimizer: torch.optim.Optimizer) -> None:
+        """`optimizer`: its groups name their `kind` and `layer`, as `make_optimizer` makes them."""
         self._recipe, self._optimizer = recipe, optimizer
         self._lr = recipe.lr
 
