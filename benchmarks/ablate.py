@@ -28,7 +28,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from pipeline.errors import UserError  # noqa: E402
-from pipeline.shardset import ShardSet, read_json, write_json  # noqa: E402
+from pipeline.files import read_json, write_json  # noqa: E402
+from pipeline.shardset import ShardSet  # noqa: E402
 from trainer.recipe import RECIPES, Recipe, override, to_dict  # noqa: E402
 
 VERDICTS = "verdicts.json"

@@ -103,7 +103,8 @@ def read_member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
 
 def repeat_shards(once: Any, out: Path) -> None:
     """The same shards COPIES times, as links: reading them costs what it costs, and an epoch is long."""
-    from pipeline.shardset import MANIFEST, write_json
+    from pipeline.files import write_json
+    from pipeline.manifest import MANIFEST
 
     out.mkdir()
     named = []

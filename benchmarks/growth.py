@@ -259,7 +259,9 @@ def memory_mib() -> float:
 def make_shards(folder: Path, num_samples: int, num_classes: int, num_val: int) -> None:
     """A folder of shards, complete but for the truth of its checksums: nothing here reads the data to check them."""
     from pipeline.colorstats import ColorStats
-    from pipeline.shardset import MANIFEST, SCHEMA, ClassEntry, Manifest, Shard, ShardSet, write_json
+    from pipeline.files import write_json
+    from pipeline.manifest import MANIFEST, SCHEMA, ClassEntry, Manifest, Shard
+    from pipeline.shardset import ShardSet
 
     folder.mkdir(parents=True)
     shards = []

@@ -26,8 +26,9 @@ sys.path.insert(0, str(ROOT))
 
 from pipeline.colorstats import ColorStats  # noqa: E402
 from pipeline.errors import UserError  # noqa: E402
+from pipeline.files import write_atomic  # noqa: E402
 from pipeline.loader import EvalLoader, read_pixels  # noqa: E402
-from pipeline.shardset import ShardSet, write_atomic  # noqa: E402
+from pipeline.shardset import ShardSet  # noqa: E402
 from trainer import checkpoint  # noqa: E402
 from trainer.drawing import BLUE, GREEN, GREY, ORANGE, VERMILION, style  # noqa: E402
 from trainer.evaluate import count_errors  # noqa: E402

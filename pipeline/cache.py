@@ -23,8 +23,9 @@ from typing import IO
 from pipeline.colorstats import COLOR_FILE, MEAN_IMAGE_FILE
 from pipeline.errors import UserError
 from pipeline.fetch import NUM_CONNECTIONS, Fetcher, gib, is_kept
+from pipeline.files import write_atomic
+from pipeline.manifest import MANIFEST, Manifest, Shard, index_header
 from pipeline.origin import Origin
-from pipeline.shardset import MANIFEST, Manifest, Shard, index_header, write_atomic
 
 ENV_CACHE, ENV_CACHE_GIB = "ALEXNET_CACHE", "ALEXNET_CACHE_GIB"
 _IN_USE = "in-use.lock"

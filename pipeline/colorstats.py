@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import UserError
-from pipeline.shardset import IMAGE_SIZE_PX, read_json, write_atomic, write_json
+from pipeline.files import read_json, write_atomic, write_json
+from pipeline.manifest import IMAGE_SIZE_PX
 
 COLOR_FILE = "color.json"
 MEAN_IMAGE_FILE = "mean_image.npy"

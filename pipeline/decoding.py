@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from pipeline.jpegfile import SOI, SOS, Survey, is_plain, survey
-from pipeline.shardset import IMAGE_SIZE_PX
+from pipeline.manifest import IMAGE_SIZE_PX
 
 # A file of more pixels is refused from its header, before anything is decoded. ImageNet's largest has about 20 million.
 MAX_PIXELS = 150_000_000

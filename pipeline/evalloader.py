@@ -20,7 +20,8 @@ from pipeline.feeding import DecodeOption, check_ranks, count_threads, make_feed
 from pipeline.finish import CENTRE_PX, CROP_SIZE_PX, FIVE_OFFSETS_PX, Transform, Views
 from pipeline.graph import NUMBERS, Batches, Feed, eval_pipeline, read_number
 from pipeline.hostpixels import HostPixels
-from pipeline.shardset import IMAGE_SIZE_PX, ShardSet
+from pipeline.manifest import IMAGE_SIZE_PX
+from pipeline.shardset import ShardSet
 from pipeline.threads import Job, begin_all, start_threads
 
 

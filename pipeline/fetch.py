@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
+from pipeline.files import write_json
+from pipeline.manifest import Shard
 from pipeline.origin import Origin
-from pipeline.shardset import Shard, write_json
 
 PART_BYTES = 8 << 20
 NUM_CONNECTIONS = 8

@@ -18,7 +18,7 @@ from torch import Tensor
 from pipeline.colorstats import ORIGINAL_DIVISOR, ColorStats
 from pipeline.console import note
 from pipeline.errors import UserError
-from pipeline.shardset import IMAGE_SIZE_PX
+from pipeline.manifest import IMAGE_SIZE_PX
 
 CROP_SIZE_PX = 224
 MAX_OFFSET_PX = IMAGE_SIZE_PX - CROP_SIZE_PX  # offsets 0..32: 33 of them, as the released source draws

@@ -23,7 +23,8 @@ from torch import Tensor
 from pipeline.errors import UserError
 from pipeline.finish import CROP_SIZE_PX, MAX_OFFSET_PX, Transform
 from pipeline.indexfile import check_index, find_damage
-from pipeline.shardset import CLS_DIGITS, ENDINGS, IMAGE_SIZE_PX, KEY_DIGITS, MANIFEST, ShardSet
+from pipeline.manifest import CLS_DIGITS, ENDINGS, IMAGE_SIZE_PX, KEY_DIGITS, MANIFEST
+from pipeline.shardset import ShardSet
 from pipeline.stored import SampleTable
 
 try:

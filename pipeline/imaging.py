@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from pipeline.decoding import BadImage, Decoded, Pixels, decode
-from pipeline.shardset import IMAGE_SIZE_PX
+from pipeline.manifest import IMAGE_SIZE_PX
 
 if TYPE_CHECKING:
     import torch

@@ -11,7 +11,8 @@ from functools import cache
 from pathlib import Path
 
 from pipeline.errors import UserError
-from pipeline.shardset import CLS_DIGITS, ENDINGS, KEY_DIGITS, Shard, ShardSet, index_header
+from pipeline.manifest import CLS_DIGITS, ENDINGS, KEY_DIGITS, Shard, index_header
+from pipeline.shardset import ShardSet
 
 _BLOCK_BYTES = 512  # of a tar: each member has a header before it, and begins at a multiple
 _REMEDY = "restore it, or run `alexnet-prep shard` again with --force"

@@ -41,8 +41,9 @@ from pipeline.graph import (
     stream_seed,
     train_pipeline,
 )
+from pipeline.manifest import KEY_DIGITS
 from pipeline.readahead import Gate, ShardOrder
-from pipeline.shardset import KEY_DIGITS, ShardSet
+from pipeline.shardset import ShardSet
 from pipeline.threads import Job
 
 __all__ = ["Batch", "Draws", "EvalLoader", "TrainLoader", "read_pixels"]

@@ -1,130 +1,21 @@
-"""The contract on disk: what a folder of shards holds, and how any part of the project reads or writes it.
+"""A finished folder of shards, or a URL of one, opened: how any part of the project comes to its tars and indices.
 
-The decision that shaped it: the manifest is the completion mark. It is written last, atomically, and names every
-shard with its size and checksum; a folder without one is unfinished, whatever else lies in it. `ShardSet.open` checks
-what can be checked without reading image data (schema, names, sizes, index headers). Left out: reading the images
-(graph.py) and verifying checksums byte by byte (a job for a preparation tool). Standard library only.
+The decision that shaped it: `ShardSet.open` checks what can be checked without reading image data (schema, names,
+sizes, index headers), so that what is wrong is said before anything starts. Left out: what the manifest says
+(manifest.py), reading the images (graph.py) and verifying checksums byte by byte (a job for a preparation tool).
 """
 
 import hashlib
-import json
-import os
-import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pipeline.errors import UserError
-from pipeline.machine import temporary_for
+from pipeline.files import read_json
+from pipeline.manifest import MANIFEST, SPLITS, Manifest, Shard, index_header
 
 if TYPE_CHECKING:
     from pipeline.cache import Remote
-
-SCHEMA = 1
-IMAGE_SIZE_PX = 256
-MANIFEST = "manifest.json"
-SPLITS = ("train", "val")
-ENDINGS = {"jpeg": "jpg", "raw": "rgb"}  # of a sample's image, by the manifest's encoding
-CLS_DIGITS = 5  # a label is stored as five ASCII digits: int() reads it, DALI sees a fixed width
-KEY_DIGITS = 9
-_SHARD_NAME = re.compile(r"(train|val)-\d{6}\.tar")
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One tar: its name inside the folder, its split, its number of samples, its size in bytes, its SHA-256 (hex)."""
-
-    file: str
-    split: str
-    samples: int
-    bytes: int
-    sha256: str
-
-
-@dataclass(frozen=True)
-class ClassEntry:
-    """One class: its index (rank of the wnid in sorted order), its wnid (or folder name), a name for people."""
-
-    index: int
-    wnid: str
-    name: str
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What was made, from what, and how. `job` identifies the work (sources and options), not its output."""
-
-    schema: int
-    created_by: str
-    layout: str
-    seed: int
-    size_px: int
-    encoding: str
-    quality: int
-    samples_per_shard: int
-    classes: tuple[ClassEntry, ...]
-    shards: tuple[Shard, ...]
-    totals: dict[str, int]
-    job: str
-
-    @classmethod
-    def parse(cls, raw: Any, where: Path | str) -> "Manifest":
-        """A checked manifest from decoded JSON. Raises UserError, naming `where`, for anything that is not one."""
-        schema = raw.get("schema") if isinstance(raw, dict) else None
-        if schema != SCHEMA:
-            raise UserError(
-                f"{where}: schema is {schema!r}, expected {SCHEMA}; make the shards again with `alexnet-prep shard`"
-            )
-        try:
-            classes = tuple(ClassEntry(int(c["index"]), str(c["wnid"]), str(c["name"])) for c in raw["classes"])
-            shards = tuple(
-                Shard(str(s["file"]), str(s["split"]), int(s["samples"]), int(s["bytes"]), str(s["sha256"]))
-                for s in raw["shards"]
-            )
-            manifest = cls(
-                schema=SCHEMA,
-                created_by=str(raw["created_by"]),
-                layout=str(raw["layout"]),
-                seed=int(raw["seed"]),
-                size_px=int(raw["size_px"]),
-                encoding=str(raw["encoding"]),
-                quality=int(raw["quality"]),
-                samples_per_shard=int(raw["samples_per_shard"]),
-                classes=classes,
-                shards=shards,
-                totals={split: int(raw["totals"][split]) for split in SPLITS},
-                job=str(raw["job"]),
-            )
-        except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
-            raise UserError(
-                f"{where}: not a manifest ({type(error).__name__}: {error}); "
-                "make the shards again with `alexnet-prep shard`"
-            ) from error
-        problem = manifest._inconsistency()
-        if problem:
-            raise UserError(f"{where}: {problem}; make the shards again with `alexnet-prep shard`")
-        return manifest
-
-    def _inconsistency(self) -> str | None:
-        for shard in self.shards:
-            if not _SHARD_NAME.fullmatch(shard.file):  # a name from a file is never used as a path unchecked
-                return f"shard name {shard.file!r} is not of the form train-000000.tar"
-            if shard.split not in SPLITS or not shard.file.startswith(shard.split + "-"):
-                return f"shard {shard.file} says split {shard.split!r}, expected the one in its name"
-            if shard.samples < 0 or shard.bytes < 0:
-                return f"shard {shard.file} has a negative count"
-        if len({shard.file for shard in self.shards}) != len(self.shards):
-            return "a shard is listed twice"
-        if [c.index for c in self.classes] != list(range(len(self.classes))):
-            return f"class indices are not 0..{len(self.classes) - 1} in order"
-        for split in SPLITS:
-            counted = sum(shard.samples for shard in self.shards if shard.split == split)
-            if counted != self.totals[split]:
-                return f"total of {split} is {self.totals[split]}, its shards hold {counted}"
-        return None
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -253,34 +144,3 @@ def _check_files(root: Path, shard: Shard) -> None:
         raise UserError(f"{index}: missing; {remedy}") from None
     if header != expected:
         raise UserError(f"{index}: starts with {header!r}, expected {expected!r} (stale index); {remedy}")
-
-
-def index_header(num_samples: int) -> str:
-    """First line of a DALI index, version 1.2."""
-    return f"v1.2 {num_samples}"
-
-
-def read_json(path: Path) -> Any:
-    """Decoded JSON of `path`. Raises UserError if it cannot be read or is not JSON."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({error}); restore the file or make it again") from error
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write `value` to `path` so that a reader sees the old file or the whole new one, never a part."""
-    write_atomic(path, (json.dumps(value, indent=1) + "\n").encode())
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write beside, fsync, rename. On any failure the temporary file is removed and `path` is as it was."""
-    temporary = temporary_for(path)
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

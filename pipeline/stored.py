@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from pipeline.console import note
 from pipeline.errors import UserError
-from pipeline.shardset import ENDINGS, IMAGE_SIZE_PX, ShardSet
+from pipeline.manifest import ENDINGS, IMAGE_SIZE_PX
+from pipeline.shardset import ShardSet
 
 SAMPLE_SHAPE = (IMAGE_SIZE_PX, IMAGE_SIZE_PX, 3)
 ROW_BYTES = IMAGE_SIZE_PX * 3

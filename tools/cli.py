@@ -12,7 +12,7 @@ import click
 
 from pipeline import console
 from pipeline.errors import UserError
-from pipeline.shardset import ENDINGS
+from pipeline.manifest import ENDINGS
 from tools.cli_inspect import COMMANDS, DEFAULT_SHARDS, SHARDS_VARIABLE
 from tools.layouts import LAYOUTS
 

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.colorstats import ColorStats
-from pipeline.shardset import write_atomic
+from pipeline.files import write_atomic
 from tools.preview import Sample, View
 
 if TYPE_CHECKING:

@@ -19,7 +19,9 @@ from numpy.typing import NDArray
 
 from pipeline.colorstats import COLOR_FILE, ColorStats
 from pipeline.errors import UserError
-from pipeline.shardset import CLS_DIGITS, ENDINGS, MANIFEST, SPLITS, Shard, ShardSet, index_header, read_json
+from pipeline.files import read_json
+from pipeline.manifest import CLS_DIGITS, ENDINGS, MANIFEST, SPLITS, Shard, index_header
+from pipeline.shardset import ShardSet
 from tools.lock import Holder, is_lock
 from tools.outfolder import FAILURES_FILE, JOB_FILE
 

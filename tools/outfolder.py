@@ -17,7 +17,8 @@ from typing import Any
 from pipeline.colorstats import COLOR_FILE, MEAN_IMAGE_FILE
 from pipeline.errors import UserError
 from pipeline.machine import is_running, machine_id
-from pipeline.shardset import MANIFEST, SCHEMA, Manifest, Shard, ShardSet
+from pipeline.manifest import MANIFEST, SCHEMA, Manifest, Shard
+from pipeline.shardset import ShardSet
 from tools.failures import Failure
 from tools.lock import Part, is_lock
 from tools.store import FolderStore, Item, Store

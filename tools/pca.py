@@ -14,7 +14,8 @@ from pipeline.colorstats import ColorStats
 from pipeline.console import Progress
 from pipeline.errors import UserError
 from pipeline.loader import read_pixels
-from pipeline.shardset import IMAGE_SIZE_PX, ShardSet
+from pipeline.manifest import IMAGE_SIZE_PX
+from pipeline.shardset import ShardSet
 
 BATCH_SIZE = 64  # 64 * 65,536 pixels * 255^2 < 2^39: far from 2^53
 

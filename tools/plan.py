@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.shardset import IMAGE_SIZE_PX, SCHEMA, SPLITS
+from pipeline.manifest import IMAGE_SIZE_PX, SCHEMA, SPLITS
 from tools.lock import Part
 from tools.preparer import Device, Encoding
 from tools.sources import Entry, Source

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.shardset import KEY_DIGITS, MANIFEST, SPLITS, Manifest
+from pipeline.manifest import KEY_DIGITS, MANIFEST, SPLITS, Manifest
 from tools.layouts.listing import find_wnid, split_stem
 from tools.plan import fingerprint_job, order_samples
 from tools.shardcheck import Checked

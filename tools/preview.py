@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from pipeline.colorstats import ColorStats
 from pipeline.errors import UserError
 from pipeline.loader import TrainLoader, read_pixels
-from pipeline.shardset import CLS_DIGITS, Shard, ShardSet, index_header
+from pipeline.manifest import CLS_DIGITS, Shard, index_header
+from pipeline.shardset import ShardSet
 
 BLOCK_BYTES = 512
 NUM_DRAWS = 4

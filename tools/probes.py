@@ -116,7 +116,8 @@ def probe_shards(folder: str) -> Facts:
 
     from pipeline.colorstats import ColorStats
     from pipeline.errors import UserError
-    from pipeline.shardset import MANIFEST, ShardSet
+    from pipeline.manifest import MANIFEST
+    from pipeline.shardset import ShardSet
     from tools.diskspeed import measure
 
     root = Path(folder)

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pipeline.shardset import KEY_DIGITS, MANIFEST, Shard, index_header
+from pipeline.manifest import KEY_DIGITS, MANIFEST, Shard, index_header
 from tools.tarcheck import Findings, Problem, Samples, TarReader
 
 REPORT_EVERY = 200  # samples

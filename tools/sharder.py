@@ -17,7 +17,7 @@ from typing import Any
 
 from pipeline.console import Progress, note
 from pipeline.errors import UserError
-from pipeline.shardset import IMAGE_SIZE_PX, MANIFEST, SCHEMA, SPLITS, Manifest
+from pipeline.manifest import IMAGE_SIZE_PX, MANIFEST, SCHEMA, SPLITS, Manifest
 from tools.engine_ray import run_units_on_ray
 from tools.engines import count_cpus, run_units
 from tools.failures import Failure, encode_failures, name_failures, refuse_failures

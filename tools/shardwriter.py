@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 from pipeline.decoding import BadImage
 from pipeline.errors import UserError
-from pipeline.shardset import CLS_DIGITS, ENDINGS, KEY_DIGITS, Shard, index_header
+from pipeline.manifest import CLS_DIGITS, ENDINGS, KEY_DIGITS, Shard, index_header
 from tools.failures import Failure
 from tools.outfolder import JOB_FILE, Written, find_job
 from tools.plan import Options, Unit

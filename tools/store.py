@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol
 
 from pipeline.errors import UserError
+from pipeline.files import write_atomic
 from pipeline.machine import temporary_for
 from pipeline.origin import ask
-from pipeline.shardset import write_atomic
 
 BACKOFF_S = (0.5, 1.0, 2.0, 4.0)  # between attempts at one request
 PART_BYTES = 32 << 20  # of an upload in parts, two of which are in memory; S3 takes 10,000, so tars of up to 312 GiB

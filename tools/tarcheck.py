@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from pipeline.shardset import CLS_DIGITS, ENDINGS, IMAGE_SIZE_PX, KEY_DIGITS
+from pipeline.manifest import CLS_DIGITS, ENDINGS, IMAGE_SIZE_PX, KEY_DIGITS
 
 BLOCK_BYTES = 512
 READ_BYTES = 1 << 18  # stays in the processor's cache between reading, hashing and taking apart

@@ -19,7 +19,8 @@ import numpy as np
 from pipeline.colorstats import COLOR_FILE, MEAN_IMAGE_FILE, ColorStats
 from pipeline.console import Progress
 from pipeline.errors import UserError
-from pipeline.shardset import ENDINGS, IMAGE_SIZE_PX, MANIFEST, SPLITS, Manifest, ShardSet
+from pipeline.manifest import ENDINGS, IMAGE_SIZE_PX, MANIFEST, SPLITS, Manifest
+from pipeline.shardset import ShardSet
 from tools.engines import run_units
 from tools.info import list_holders
 from tools.layouts import LAYOUTS

@@ -17,7 +17,8 @@ import numpy as np
 
 from pipeline.errors import UserError
 from pipeline.loader import Batch, TrainLoader
-from pipeline.shardset import ENDINGS, IMAGE_SIZE_PX, ShardSet
+from pipeline.manifest import ENDINGS, IMAGE_SIZE_PX
+from pipeline.shardset import ShardSet
 from trainer.bench import Task, Work
 from trainer.usage import count_cores
 

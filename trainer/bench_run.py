@@ -14,7 +14,8 @@ import torch
 from pipeline import console
 from pipeline.colorstats import ColorStats
 from pipeline.loader import TrainLoader
-from pipeline.shardset import IMAGE_SIZE_PX, ShardSet
+from pipeline.manifest import IMAGE_SIZE_PX
+from pipeline.shardset import ShardSet
 from trainer.bench import Clock, Rate, Task, Work, alternate, gpu_memory_bytes
 from trainer.bench_feed import endless, find_samples, limit_task, loader_task
 from trainer.bench_step import Trainee, count_macs, count_step_flops, make_batch, product_task, step_task, train_task

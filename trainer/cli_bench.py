@@ -90,7 +90,8 @@ def command(
 def _open_shards(folder: str) -> "ShardSet":
     """The shards with their colours, both checked; without any, the error says how to make some."""
     from pipeline.colorstats import ColorStats
-    from pipeline.shardset import MANIFEST, ShardSet
+    from pipeline.manifest import MANIFEST
+    from pipeline.shardset import ShardSet
 
     if "://" not in folder and not (Path(folder) / MANIFEST).is_file():
         raise UserError(

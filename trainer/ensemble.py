@@ -18,7 +18,8 @@ from torch import Tensor
 
 from pipeline.console import print_json
 from pipeline.errors import UserError
-from pipeline.shardset import KEY_DIGITS, ShardSet
+from pipeline.manifest import KEY_DIGITS
+from pipeline.shardset import ShardSet
 from trainer.distributed import Ranks, gather, join, reduce_sum
 from trainer.evaluate import Crops, Errors, choose_dtype, count_errors, evaluate, make_eval_loader, to_errors
 from trainer.interchange import load_any

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from pipeline.errors import UserError
-from pipeline.shardset import ClassEntry
+from pipeline.manifest import ClassEntry
 from trainer.interchange import describe_function
 from trainer.model import AlexNet
 from trainer.recipe import Recipe

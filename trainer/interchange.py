@@ -22,8 +22,10 @@ from torch import Tensor
 
 from pipeline.colorstats import ColorStats
 from pipeline.errors import UserError
+from pipeline.files import write_atomic
+from pipeline.manifest import IMAGE_SIZE_PX, ClassEntry
 from pipeline.names import load_ilsvrc2012
-from pipeline.shardset import IMAGE_SIZE_PX, ClassEntry, ShardSet, write_atomic
+from pipeline.shardset import ShardSet
 from trainer import checkpoint
 from trainer.recipe import RECIPES, Recipe, from_dict, to_dict
 from trainer.runlog import CONFIG

@@ -15,7 +15,7 @@ import torch
 
 from pipeline.colorstats import ColorStats
 from pipeline.console import Voice, note, print_line, warn
-from pipeline.shardset import write_json
+from pipeline.files import write_json
 from trainer.display import TrainDisplay
 from trainer.distributed import Ranks, gather
 from trainer.evaluate import Errors

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pipeline.console import explain_os_error
 from pipeline.errors import UserError
-from pipeline.shardset import KEY_DIGITS
+from pipeline.manifest import KEY_DIGITS
 from trainer.distributed import Ranks, gather, reduce_sum
 from trainer.job import LOG_STEPS
 

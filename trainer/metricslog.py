@@ -15,7 +15,7 @@ from types import NoneType, TracebackType
 from typing import Any, BinaryIO, TypedDict, Unpack
 
 from pipeline.errors import UserError
-from pipeline.shardset import write_atomic
+from pipeline.files import write_atomic
 
 _BUFFER_BYTES = 1 << 20  # lines are written one by one; while the disk is full, so much waits here
 

@@ -15,8 +15,8 @@ import torch
 from numpy.typing import NDArray
 
 from pipeline.errors import UserError
+from pipeline.files import write_atomic
 from pipeline.finish import CROP_SIZE_PX, Constants, Transform
-from pipeline.shardset import write_atomic
 from trainer.lrn import _SPATIAL_K, _SPATIAL_POWER, _SPATIAL_SCALE, _SPATIAL_SIZE
 from trainer.model import _PADS_PX
 from trainer.recipe import to_dict

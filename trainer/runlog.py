@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from pipeline.errors import UserError
-from pipeline.shardset import read_json, write_json
+from pipeline.files import read_json, write_json
 from trainer.environment import environment as environment  # one door for the journal
 from trainer.metricslog import EvalRecord as EvalRecord
 from trainer.metricslog import GpuFields as GpuFields

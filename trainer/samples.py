@@ -19,7 +19,8 @@ from pipeline.finish import CENTRE_PX, Transform, Views
 from pipeline.hostfinish import CpuFinisher
 from pipeline.hostpixels import decode_into
 from pipeline.kernel import load_kernel
-from pipeline.shardset import ENDINGS, ShardSet
+from pipeline.manifest import ENDINGS
+from pipeline.shardset import ShardSet
 from trainer.evaluate import log_probabilities
 from trainer.model import AlexNet
 from trainer.predict import Guess, find_best

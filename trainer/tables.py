@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.console import print_table
 from pipeline.errors import UserError, printable
-from pipeline.shardset import write_atomic
+from pipeline.files import write_atomic
 
 if TYPE_CHECKING:
     from trainer.predict import Guess

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from pipeline.colorstats import COLOR_FILE, ColorStats
 from pipeline.errors import UserError
-from pipeline.shardset import ClassEntry, ShardSet
+from pipeline.manifest import ClassEntry
+from pipeline.shardset import ShardSet
 from trainer import checkpoint
 from trainer.model import AlexNet
 from trainer.recipe import Recipe, from_dict

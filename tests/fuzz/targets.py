@@ -14,7 +14,8 @@ from typing import NamedTuple
 from pipeline.colorstats import COLOR_FILE, MEAN_IMAGE_FILE, ColorStats
 from pipeline.errors import UserError
 from pipeline.indexfile import check_index, check_places
-from pipeline.shardset import MANIFEST, ShardSet
+from pipeline.manifest import MANIFEST
+from pipeline.shardset import ShardSet
 from pipeline.stored import SampleTable
 
 Read = Callable[[bytes], bool]  # whether the bytes were read; False: refused

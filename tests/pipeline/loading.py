@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-from pipeline.shardset import MANIFEST, ShardSet, index_header
+from pipeline.manifest import MANIFEST, index_header
+from pipeline.shardset import ShardSet
 from tests import oracle
 
 NUM_TRAIN, NUM_VAL = 64, 24  # of the fixture `ready_shards`

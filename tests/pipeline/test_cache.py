@@ -16,7 +16,8 @@ from pipeline import cache, origin
 from pipeline.colorstats import ColorStats
 from pipeline.errors import UserError
 from pipeline.fetch import is_kept
-from pipeline.shardset import IMAGE_SIZE_PX, ShardSet, index_header
+from pipeline.manifest import IMAGE_SIZE_PX, index_header
+from pipeline.shardset import ShardSet
 from tests.s3_server import Bucket
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -8,7 +8,8 @@ import pytest
 
 from pipeline.errors import UserError
 from pipeline.loader import read_pixels
-from pipeline.shardset import MANIFEST, ShardSet
+from pipeline.manifest import MANIFEST
+from pipeline.shardset import ShardSet
 
 
 def write_label(shards: ShardSet, split: str, label: bytes) -> str:

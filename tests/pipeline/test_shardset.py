@@ -12,7 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.errors import UserError
-from pipeline.shardset import Manifest, ShardSet, index_header, read_json, write_atomic, write_json
+from pipeline.files import read_json, write_atomic, write_json
+from pipeline.manifest import Manifest, index_header
+from pipeline.shardset import ShardSet
 
 GOOD = {
     "schema": 1,

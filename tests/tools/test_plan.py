@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.shardset import ClassEntry
+from pipeline.manifest import ClassEntry
 from tools.lock import Part, parse_part
 from tools.plan import Options, Plan, name_shards, order_samples
 from tools.sources import Entry, Source, open_source
@@ -104,7 +104,7 @@ def test_a_plan_of_1_3_million_images_takes_less_than_2_gib():
     program = """
 import re
 from pathlib import Path
-from pipeline.shardset import ClassEntry
+from pipeline.manifest import ClassEntry
 from tools.plan import Options, Plan
 from tools.sources import Entry, Source
 classes = tuple(ClassEntry(n, f"n{n:08d}", f"class {n}") for n in range(1000))

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.shardset import ShardSet, read_json
+from pipeline.files import read_json
+from pipeline.shardset import ShardSet
 from tests.sharding import BROKEN, hash_output, make, read_samples
 from tools.failures import Failure, limit_failures, refuse_failures
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.shardset import MANIFEST, ShardSet
+from pipeline.manifest import MANIFEST
+from pipeline.shardset import ShardSet
 from tests.pipeline.test_loader_faults import garble_one_image
 from tests.pipeline.test_loader_replaced import flip_a_byte, write_label
 from tests.trainer.nets import DEMO, make_run

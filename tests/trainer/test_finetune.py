@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from pipeline.errors import UserError
-from pipeline.shardset import ClassEntry
+from pipeline.manifest import ClassEntry
 from tests.trainer.nets import DEMO, PAPER, draw_state, make_run
 from trainer import checkpoint
 from trainer.finetune import check_fits, find_differences, hash_file, start_from

@@ -11,7 +11,8 @@ from PIL import Image
 from pipeline.colorstats import ColorStats
 from pipeline.errors import UserError
 from pipeline.loader import EvalLoader
-from pipeline.shardset import ClassEntry, ShardSet
+from pipeline.manifest import ClassEntry
+from pipeline.shardset import ShardSet
 from tests.trainer.nets import DEMO, PAPER, draw_state
 from trainer.examples import choose_shown
 from trainer.model import AlexNet

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.shardset import MANIFEST
+from pipeline.manifest import MANIFEST
 from tests.trainer.commands import (
     DEADLINE_S,
     NARROW,

@@ -1,0 +1,39 @@
+"""Small files, read and written whole: JSON, and the replacement of a file in one step.
+
+The decision that shaped it: a reader, or a crash at any instant, finds the old file or the whole new one. Left out:
+what the files say. Standard library only.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import UserError
+from pipeline.machine import temporary_for
+
+
+def read_json(path: Path) -> Any:
+    """Decoded JSON of `path`. Raises UserError if it cannot be read or is not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read as JSON ({error}); restore the file or make it again") from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` to `path` so that a reader sees the old file or the whole new one, never a part."""
+    write_atomic(path, (json.dumps(value, indent=1) + "\n").encode())
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write beside, fsync, rename. On any failure the temporary file is removed and `path` is as it was."""
+    temporary = temporary_for(path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
