@@ -13,7 +13,7 @@ NUM_STAGE_PASSES = 4
 STAGES = {  # functions of ours that make up a stage, by the names they are looked up under
     "decode": "pipeline.imaging.decode",
     "resize and crop": "pipeline.imaging.to_square",
-    "encode": "tools.preparer.encode",
+    "encode": "tools.hostcodec.encode",
 }
 
 

@@ -18,8 +18,9 @@ from tools.layouts import LAYOUTS
 
 if TYPE_CHECKING:
     from pipeline.colorstats import ColorStats
+    from tools.hostcodec import Encoding
     from tools.lock import Part
-    from tools.preparer import Device, Encoding
+    from tools.preparer import Device
     from tools.sharder import Summary
 
 

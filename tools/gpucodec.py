@@ -17,7 +17,7 @@ from pipeline.decoding import BadImage, check_size
 from pipeline.errors import UserError
 from pipeline.imaging import find_windows, resize
 from pipeline.jpegfile import EOI, is_plain, survey
-from tools.preparer import Encoding, Prepared, try_prepare
+from tools.hostcodec import Encoding, Prepared, try_prepare
 
 if TYPE_CHECKING:
     import torch

@@ -15,8 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.manifest import IMAGE_SIZE_PX, SCHEMA, SPLITS
+from tools.hostcodec import Encoding
 from tools.lock import Part
-from tools.preparer import Device, Encoding
+from tools.preparer import Device
 from tools.sources import Entry, Source
 
 BYTES_PER_IMAGE = 30_000  # of a photograph at quality 90 with its tar headers; an estimate on the safe side

@@ -1,31 +1,19 @@
-"""Any image's bytes -> the encoded sample that a shard holds.
+"""Images' bytes -> the encoded samples that a shard holds, on the CPU or on a GPU.
 
-The decision that shaped it: one encoder for every file, libjpeg-turbo's, behind the pipeline's own preparation of the
-pixels, so that what is predicted from a file and what is trained on are the same. The same bytes come out for the same
-input in any process, batch and order. A GPU gives other bytes, within a grey level or so (gpucodec.py). Left out: the
-pixels (pipeline/imaging.py), where bytes come from (sources.py) and what becomes of a failure (sharder.py).
+The decision that shaped it: a function of a batch, whatever the device, that gives a failure back as a value. A GPU
+gives other bytes than the CPU, within a grey level or so. Left out: how it is done (hostcodec.py, gpucodec.py), where
+bytes come from (sources.py) and what becomes of a failure (sharder.py).
 """
 
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from typing import Literal
 
-import simplejpeg
-
-from pipeline.decoding import BadImage, Pixels
-from pipeline.imaging import read_square
+from pipeline.decoding import BadImage
+from tools.gpucodec import GpuPreparer
+from tools.hostcodec import Encoding, Prepared, try_prepare
 
 Device = Literal["cpu", "gpu"]
-Encoding = Literal["jpeg", "raw"]
-
-
-class Prepared(NamedTuple):
-    """A sample's bytes; `repair` says what was wrong with a file that could be used all the same."""
-
-    content: bytes
-    repair: str | None
-
-
-Preparer = Callable[[Sequence[bytes]], list["Prepared | BadImage"]]
+Preparer = Callable[[Sequence[bytes]], list[Prepared | BadImage]]
 
 
 def make_preparer(*, device: Device, encoding: Encoding, quality: int) -> Preparer:
@@ -35,30 +23,9 @@ def make_preparer(*, device: Device, encoding: Encoding, quality: int) -> Prepar
     leaves odd files to the CPU; raises UserError without such a device.
     """
     if device == "gpu":
-        from tools.gpucodec import GpuPreparer
-
         return GpuPreparer(encoding=encoding, quality=quality)
 
     def prepare_all(contents: Sequence[bytes]) -> list[Prepared | BadImage]:
         return [try_prepare(data, encoding=encoding, quality=quality) for data in contents]
 
     return prepare_all
-
-
-def try_prepare(data: bytes, *, encoding: Encoding, quality: int) -> Prepared | BadImage:
-    """`prepare`, with the failure as a value."""
-    try:
-        return prepare(data, encoding=encoding, quality=quality)
-    except BadImage as error:
-        return error
-
-
-def prepare(data: bytes, *, encoding: Encoding, quality: int) -> Prepared:
-    """Encoded image -> baseline 4:2:0 JPEG without metadata, or 256x256x3 raw bytes (HWC, RGB). Raises BadImage."""
-    pixels, repair = read_square(data)
-    return Prepared(pixels.tobytes() if encoding == "raw" else encode(pixels, quality=quality), repair)
-
-
-def encode(square: Pixels, *, quality: int) -> bytes:
-    """(256, 256, 3) RGB -> baseline JPEG with 4:2:0 chroma and no metadata."""
-    return simplejpeg.encode_jpeg(square, quality=quality, colorspace="RGB", colorsubsampling="420")

@@ -21,6 +21,7 @@ from pipeline.manifest import IMAGE_SIZE_PX, MANIFEST, SCHEMA, SPLITS, Manifest
 from tools.engine_ray import run_units_on_ray
 from tools.engines import count_cpus, run_units
 from tools.failures import Failure, encode_failures, name_failures, refuse_failures
+from tools.hostcodec import Encoding
 from tools.lock import Lock, Part, refuse_held
 from tools.outfolder import (
     FAILURES_FILE,
@@ -37,7 +38,7 @@ from tools.outfolder import (
     remove_temporaries,
 )
 from tools.plan import RAW_QUALITY, Options, Plan
-from tools.preparer import Device, Encoding
+from tools.preparer import Device
 from tools.shardwriter import Setup, Tick, write_unit
 from tools.sources import Source
 from tools.store import Store, open_store

@@ -25,7 +25,8 @@ from tools.sources import Entry
 from tools.store import Store
 
 if TYPE_CHECKING:
-    from tools.preparer import Prepared, Preparer
+    from tools.hostcodec import Prepared
+    from tools.preparer import Preparer
 
 TAR_HEADER_BYTES = 512
 TAR_MODE = 0o644

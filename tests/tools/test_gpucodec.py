@@ -7,7 +7,8 @@ from pipeline.decoding import BadImage
 from tests.pictures import SIDE, noise, picture, pixels_of, psnr, save
 from tools import gpucodec
 from tools.gpucodec import GpuPreparer, is_in_order
-from tools.preparer import Encoding, Prepared, make_preparer
+from tools.hostcodec import Encoding, Prepared
+from tools.preparer import make_preparer
 
 # Rounding once instead of twice moves a pixel by a grey level; a JPEG of both, or a picture that the CPU decoded at a
 # fraction, more. Seen on 400 photographs: 55.6 dB raw and 42.6 dB as JPEG in the median, 42.5 and 36.4 in the worst.

@@ -14,7 +14,8 @@ from pipeline import decoding, imaging
 from pipeline.decoding import BadImage
 from pipeline.errors import UserError
 from tests.pictures import SIDE, noise, picture, pixels_of, prepare_raw, psnr, save, square
-from tools.preparer import Prepared, make_preparer, prepare
+from tools.hostcodec import Prepared, prepare
+from tools.preparer import make_preparer
 
 
 def test_the_output_is_a_baseline_420_jpeg_of_256_square_without_metadata():
