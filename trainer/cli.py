@@ -4,14 +4,20 @@ The decision that shaped it: flags become one frozen Job before anything heavy i
 that `--help` answers at once and a wrong flag costs nothing. Left out: the work; that is in the modules imported below.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from pipeline import console
-from pipeline.errors import UserError
+from trainer.cli_options import (
+    GLOBAL_BATCH_SIZE,
+    RECIPE_SETTINGS,
+    SETTINGS,
+    add_common_options,
+    add_feed_options,
+    choose_feeding,
+)
 from trainer.cli_ranks import add_rank_options, check_divisible, choose_devices, choose_parallel, count_ranks
 from trainer.cli_safety import AUTO, add_safety_options, check_same, choose_safety, find_begun
 from trainer.recipe import RECIPES, from_dict, override
@@ -19,66 +25,18 @@ from trainer.recipe import RECIPES, from_dict, override
 if TYPE_CHECKING:
     from trainer.weights import Weights
 
-_SETTINGS = {"help_option_names": ["-h", "--help"], "show_default": True}
 _NEWEST = "newest"
 
 
-def _add_common_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    version = click.version_option(package_name="alexnet-dali")
-    shards = click.option("--shards", envvar="ALEXNET_SHARDS", show_envvar=True, type=click.Path(),
-                          show_default="the run's own, else ./shards",
-                          help="Folder of shards, or its URL (s3://bucket/prefix).")  # fmt: skip
-    cache_dir = click.option("--cache-dir", envvar="ALEXNET_CACHE", show_envvar=True,
-                             type=click.Path(file_okay=False), show_default="~/.cache/alexnet-dali",
-                             help="Local folder for shards behind a URL.")  # fmt: skip
-    cache_gib = click.option("--cache-gib", envvar="ALEXNET_CACHE_GIB", show_envvar=True,
-                             type=click.FloatRange(min=0, min_open=True), show_default="what the disk holds",
-                             help="Most that --cache-dir may hold, GiB.")  # fmt: skip
-    runs = click.option("--runs", default="runs", envvar="ALEXNET_RUNS", show_envvar=True,
-                        type=click.Path(path_type=Path), help="Folder of runs.")  # fmt: skip
-    gpus = click.option("--gpus", "num_gpus", type=click.IntRange(min=0), show_default="all visible",
-                        help="Number of GPUs; 0 computes on the CPU.")  # fmt: skip
-    threads = click.option("--threads", "num_threads", type=click.IntRange(min=1), show_default="one per CPU",
-                           help="Decoding threads of each rank.")  # fmt: skip
-    for option in (threads, gpus, cache_gib, cache_dir, runs, shards, version):
-        function = option(function)
-    return function
-
-
-def add_feed_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Where images are decoded and kept: all None unless given, so that a resumed run keeps its own."""
-    decode = click.option("--decode", type=click.Choice(["auto", "host", "mixed", "hybrid"]), show_default="auto",
-                          help="Decode JPEGs on the host's cores, on the GPU (mixed) or on both (hybrid); auto: hybrid "
-                               "on a GPU.")  # fmt: skip
-    share = click.option("--host-share", type=click.FloatRange(0, 1), show_default="found by timing both",
-                         help="With hybrid: the share of each batch that the host decodes.")  # fmt: skip
-    load = click.option("--hw-decoder-load", type=click.FloatRange(0, 1), show_default="0.9",
-                        help="Of what the GPU decodes, the share of its JPEG engine.")  # fmt: skip
-    cache = click.option("--cache", type=click.Choice(["none", "raw"]), show_default="none",
-                         help="raw: decode once, then feed from memory, the GPU's if all fit there.")  # fmt: skip
-    prefetch = click.option("--prefetch", "prefetch_batches", type=click.IntRange(min=1), show_default="2",
-                            help="Batches decoded ahead.")  # fmt: skip
-    for option in (prefetch, cache, load, share, decode):
-        function = option(function)
-    return function
-
-
-def choose_feeding(**given: Any) -> dict[str, Any]:
-    """Arguments of feed.Feeding from those flags that were given."""
-    values = {name: value for name, value in given.items() if value is not None}
-    return values | ({"cache": None} if values.get("cache") == "none" else {})
-
-
-@click.command(cls=console.Command, context_settings=_SETTINGS)
-@_add_common_options
+@click.command(cls=console.Command, context_settings=SETTINGS)
+@add_common_options
 @add_feed_options
 @add_rank_options
 @add_safety_options
 @click.option("--recipe", "recipe_name", type=click.Choice(list(RECIPES)), show_default="paper",
               help="Network, data and optimisation as one name.")  # fmt: skip
 @click.option("--epochs", type=click.IntRange(min=1), show_default="the recipe's", help="Epochs at the most.")
-@click.option("--global-batch-size", type=click.IntRange(min=1), show_default="the recipe's",
-              help="Images a step, summed over ranks.")  # fmt: skip
+@GLOBAL_BATCH_SIZE
 @click.option("--lr", type=click.FloatRange(min=0, min_open=True), show_default="the recipe's", help="Learning rate.")
 @click.option("--seed", type=click.IntRange(min=0), show_default="0", help="Seed of weights, order and draws.")
 @click.option("--name", show_default="the recipe's name", help="Name of the run's folder; a number is added if taken.")
@@ -94,7 +52,7 @@ def choose_feeding(**given: Any) -> dict[str, Any]:
                    "errors.")  # fmt: skip
 @click.option("--tensorboard/--no-tensorboard", "tensorboard", default=None, show_default="if it is installed",
               help="Write events to RUN/tensorboard, for `tensorboard --logdir RUNS`.")  # fmt: skip
-@click.option("--set", "settings", multiple=True, metavar="FIELD=VALUE", help="Any field of the recipe; repeatable.")
+@RECIPE_SETTINGS
 def _train(
     shards: str | None,
     runs: Path,
@@ -138,6 +96,8 @@ def _train(
         raise click.UsageError("--quiet and --json-logs contradict each other; leave out one of them")
     voice: console.Voice = "quiet" if quiet else "json" if json_logs else "words"
     console.set_voice(voice)
+    from trainer.runlog import read_whole_config
+
     given = {"epochs": epochs, "global_batch_size": global_batch_size, "lr": lr}
     changes = [f"{field}={value}" for field, value in given.items() if value is not None] + list(settings)
     folder, weights_path, weights = None, None, None
@@ -151,7 +111,7 @@ def _train(
         if clash:
             raise click.UsageError(f"--resume goes on with the run's own settings; leave out {', '.join(clash)}")
         folder = _find_run(runs, resume, name or "paper")
-        config = _read_config(folder)
+        config = read_whole_config(folder)
         recipe, seed = from_dict(config["recipe"]), config["seed"]
     else:
         recipe = RECIPES[recipe_name or "paper"]
@@ -160,7 +120,7 @@ def _train(
             recipe = RECIPES[recipe_name] if recipe_name else weights.recipe
     recipe = override(recipe, changes)
     if resume == AUTO and (folder := find_begun(runs, name or recipe.name)):
-        config = _read_config(folder)
+        config = read_whole_config(folder)
         check_same(folder, config, recipe, seed or 0, weights_path is not None)
     shards = shards or config.get("shards", "shards")
     if weights:
@@ -238,16 +198,6 @@ def _find_run(runs: Path, resume: str, name: str) -> Path:
     from trainer.runlog import find_run, resolve_run
 
     return find_run(runs, name) if resume == _NEWEST else resolve_run(runs, resume)
-
-
-def _read_config(run: Path) -> dict[str, Any]:
-    from trainer.runlog import read_config
-
-    config = read_config(run)
-    missing = {"recipe", "seed", "shards"} - set(config)
-    if missing:
-        raise UserError(f"{run / 'config.json'}: no {', '.join(sorted(missing))}; restore the file or start a new run")
-    return config
 
 
 def train() -> None:

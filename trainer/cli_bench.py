@@ -11,7 +11,16 @@ import click
 
 from pipeline import console
 from pipeline.errors import UserError
-from trainer.cli import _SETTINGS, add_feed_options, choose_feeding
+from trainer.cli_options import (
+    GLOBAL_BATCH_SIZE,
+    GPUS,
+    RECIPE_SETTINGS,
+    SETTINGS,
+    THREADS,
+    VERSION,
+    add_feed_options,
+    choose_feeding,
+)
 from trainer.cli_ranks import check_divisible, choose_devices, count_ranks
 from trainer.recipe import RECIPES, override
 
@@ -19,24 +28,21 @@ if TYPE_CHECKING:
     from pipeline.shardset import ShardSet
 
 
-@click.command(cls=console.Command, context_settings=_SETTINGS)
-@click.version_option(package_name="alexnet-dali")
+@click.command(cls=console.Command, context_settings=SETTINGS)
+@VERSION
 @click.argument("what", type=click.Choice(["loader", "step", "train"]), default="loader")
 @click.option("--shards", envvar="ALEXNET_SHARDS", show_envvar=True, type=click.Path(),
               show_default="./shards; step needs none", help="Folder of shards, or its URL.")  # fmt: skip
 @click.option("--recipe", "recipe_name", type=click.Choice(list(RECIPES)), default="paper",
               help="Network, data and optimisation as one name.")  # fmt: skip
-@click.option("--gpus", "num_gpus", type=click.IntRange(min=0), show_default="all visible",
-              help="Number of GPUs; 0 computes on the CPU.")  # fmt: skip
-@click.option("--threads", "num_threads", type=click.IntRange(min=1), show_default="one per CPU",
-              help="Decoding threads of each rank.")  # fmt: skip
+@GPUS
+@THREADS
 @add_feed_options
-@click.option("--global-batch-size", type=click.IntRange(min=1), show_default="the recipe's",
-              help="Images a step, summed over ranks.")  # fmt: skip
+@GLOBAL_BATCH_SIZE
 @click.option("--seconds", "duration_s", default=10.0, type=click.FloatRange(min=0.1),
               help="How long to measure each rate, s; warming up comes on top.")  # fmt: skip
 @click.option("--rounds", "num_rounds", default=5, type=click.IntRange(min=1), help="Rounds to take the median of.")
-@click.option("--set", "settings", multiple=True, metavar="FIELD=VALUE", help="Any field of the recipe; repeatable.")
+@RECIPE_SETTINGS
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
 def command(
     what: str,

@@ -14,7 +14,7 @@ import click
 
 from pipeline import console
 from pipeline.errors import printable
-from trainer.cli import _SETTINGS, _add_common_options, _read_config
+from trainer.cli_options import RUNS, SETTINGS, VERSION, add_common_options
 from trainer.cli_ranks import choose_devices
 from trainer.tables import check_target, format_line, write_csv
 
@@ -22,15 +22,12 @@ if TYPE_CHECKING:
     from trainer.predict import Guess, Prediction
     from trainer.weights import Weights
 
-_VERSION = click.version_option(package_name="alexnet-dali")
-_RUNS = click.option("--runs", default="runs", envvar="ALEXNET_RUNS", show_envvar=True,
-                     type=click.Path(path_type=Path), help="Folder of runs.")  # fmt: skip
 _CHECKPOINT = click.option("--checkpoint", default="best", metavar="best|last|PATH",
                            help="Which checkpoint of the run.")  # fmt: skip
 
 
-@click.command(cls=console.Command, context_settings=_SETTINGS)
-@_add_common_options
+@click.command(cls=console.Command, context_settings=SETTINGS)
+@add_common_options
 @click.argument("nets", nargs=-1, required=True, metavar="RUN...")
 @_CHECKPOINT
 @click.option("--predictions", type=click.Path(path_type=Path), show_default=False,
@@ -55,10 +52,10 @@ def evaluate(
     """
     if predictions:
         check_target(predictions)
-    from trainer.runlog import resolve_run
+    from trainer.runlog import read_whole_config, resolve_run
 
     found = [Path(text) if Path(text).is_file() else resolve_run(runs, text) for text in nets]
-    trained_on = [_read_config(path)["shards"] for path in found if path.is_dir()]
+    trained_on = [read_whole_config(path)["shards"] for path in found if path.is_dir()]
     num_ranks, use_gpu = choose_devices(num_gpus)
     from trainer.distributed import under_launcher
     from trainer.ensemble import Job, run_rank
@@ -80,14 +77,14 @@ def evaluate(
     return launch(run_rank, (job,), num_ranks) if num_ranks > 1 else run_rank(job)
 
 
-@click.command(cls=console.Command, context_settings=_SETTINGS)
-@_VERSION
+@click.command(cls=console.Command, context_settings=SETTINGS)
+@VERSION
 @click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--run", show_default="the newest", help="The run whose net to ask: a name or a folder.")
 @click.option("--weights", "weights_file", type=click.Path(path_type=Path), show_default=False,
               help="A file of weights instead of a run: of alexnet-export, torchvision's, Caffe's.")  # fmt: skip
 @_CHECKPOINT
-@_RUNS
+@RUNS
 @click.option("--crops", type=click.Choice(["centre", "ten"]), default="ten",
               help="The centre alone, or four corners, centre and their mirror images, averaged.")  # fmt: skip
 @click.option("--gpus", "num_gpus", type=click.IntRange(0, 1), show_default="1 if visible",
@@ -155,11 +152,11 @@ def predict(
     return console.STATUS_FAILED if failed else 0
 
 
-@click.command(cls=console.Command, context_settings=_SETTINGS)
-@_VERSION
+@click.command(cls=console.Command, context_settings=SETTINGS)
+@VERSION
 @click.argument("net", metavar="RUN")
 @_CHECKPOINT
-@_RUNS
+@RUNS
 @click.option("--format", "kind", type=click.Choice(["safetensors", "torchvision", "caffe", "onnx"]),
               default="safetensors", help="safetensors: all that alexnet-predict and alexnet-train need.")  # fmt: skip
 @click.option("--out", type=click.Path(path_type=Path), required=True, show_default=False, help="The file to write.")

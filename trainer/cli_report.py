@@ -9,15 +9,14 @@ from pathlib import Path
 import click
 
 from pipeline import console
-from trainer.cli import _SETTINGS
+from trainer.cli_options import RUNS, SETTINGS, VERSION
 from trainer.tables import check_target
 
 
-@click.command(cls=console.Command, context_settings=_SETTINGS)
-@click.version_option(package_name="alexnet-dali")
+@click.command(cls=console.Command, context_settings=SETTINGS)
+@VERSION
 @click.argument("runs_asked", metavar="RUN...", nargs=-1, required=True)
-@click.option("--runs", default="runs", envvar="ALEXNET_RUNS", show_envvar=True, type=click.Path(path_type=Path),
-              help="Folder of runs.")  # fmt: skip
+@RUNS
 @click.option("--shards", type=click.Path(), show_default="the run's own", help="Shards whose images are shown.")
 @click.option("--images", "num_images", type=click.IntRange(min=0), default=4096,
               help="Training images among which to look for neighbours; 0: no pictures of images.")  # fmt: skip

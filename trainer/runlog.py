@@ -126,3 +126,12 @@ def read_config(run: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise UserError(f"{run / CONFIG}: holds a {type(config).__name__}, expected an object; restore the file")
     return config
+
+
+def read_whole_config(run: Path) -> dict[str, Any]:
+    """The same of a run to go on with: it must say the recipe, the seed and the shards. Raises UserError if not."""
+    config = read_config(run)
+    missing = {"recipe", "seed", "shards"} - set(config)
+    if missing:
+        raise UserError(f"{run / CONFIG}: no {', '.join(sorted(missing))}; restore the file or start a new run")
+    return config
