@@ -2,11 +2,10 @@
 
 The decision that shaped it: a value's neighbours are read again instead of kept. They lie in the nearest cache, so that
 each pass reads its input from memory once and writes its result once, and the backward pass needs no second kernel.
-Triton is imported here and nowhere else: lrn.py imports this module where there is one. Left out: windows other than
-the paper's 5 and powers other than 0.75, which take torch's way.
+Triton is imported here and nowhere else: lrn.py imports this module where there is one. Triton's compiler reads the
+kernels' annotations, and takes none but its own. Left out: windows other than the paper's 5 and powers other than 0.75,
+which take torch's way.
 """
-
-from typing import Any
 
 import torch
 import triton
@@ -45,7 +44,15 @@ def _grid(size: int) -> tuple[int]:
 
 
 @triton.jit
-def _near(x: Any, i: Any, j: Any, inside: Any, shift: tl.constexpr, maps: tl.constexpr, relu: tl.constexpr) -> Any:
+def _near(
+    x: tl.tensor,
+    i: tl.tensor,
+    j: tl.tensor,
+    inside: tl.tensor,
+    shift: tl.constexpr,
+    maps: tl.constexpr,
+    relu: tl.constexpr,
+) -> tl.tensor:
     """The value `shift` maps further, 0 beyond the row's ends."""
     a = tl.load(x + i + shift, mask=inside & (j + shift >= 0) & (j + shift < maps), other=0.0).to(tl.float32)
     if relu:
@@ -54,7 +61,7 @@ def _near(x: Any, i: Any, j: Any, inside: Any, shift: tl.constexpr, maps: tl.con
 
 
 @triton.jit
-def _term(a: Any, e: Any, total: Any, k: Any, scale: Any) -> Any:
+def _term(a: tl.tensor, e: tl.tensor, total: tl.tensor, k: tl.tensor, scale: tl.tensor) -> tl.tensor:
     """t * a / s, of a neighbour."""
     root = tl.sqrt(k + scale * total)
     inverse = 1.0 / (root * tl.sqrt(root))
@@ -63,7 +70,14 @@ def _term(a: Any, e: Any, total: Any, k: Any, scale: Any) -> Any:
 
 @triton.jit
 def _forward(
-    x: Any, out: Any, size: Any, k: Any, scale: Any, maps: tl.constexpr, relu: tl.constexpr, block: tl.constexpr
+    x: tl.tensor,
+    out: tl.tensor,
+    size: tl.tensor,
+    k: tl.tensor,
+    scale: tl.tensor,
+    maps: tl.constexpr,
+    relu: tl.constexpr,
+    block: tl.constexpr,
 ) -> None:
     i = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
     inside, j = i < size, i % maps
@@ -76,13 +90,13 @@ def _forward(
 
 @triton.jit
 def _backward(
-    x: Any,
-    gradient: Any,
-    out: Any,
-    size: Any,
-    k: Any,
-    scale: Any,
-    coefficient: Any,
+    x: tl.tensor,
+    gradient: tl.tensor,
+    out: tl.tensor,
+    size: tl.tensor,
+    k: tl.tensor,
+    scale: tl.tensor,
+    coefficient: tl.tensor,
     maps: tl.constexpr,
     relu: tl.constexpr,
     block: tl.constexpr,

@@ -1,7 +1,10 @@
-"""The GPU's LRN kernels, run by Triton's interpreter on the CPU, against the oracle. Without Triton: skipped."""
+"""The GPU's LRN kernels: run by Triton's interpreter on the CPU, against the oracle, and compiled for a GPU that is not
+there. Without Triton both are skipped."""
 
+import ast
 import importlib
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,12 +14,11 @@ from tests import oracle
 from trainer import lrn
 from trainer.native import Norm
 
-pytest.importorskip("triton", reason="Triton is not installed")
-
 
 @pytest.fixture
 def kernels(monkeypatch):
     """The module as the interpreter sees it: it looks at the environment when a kernel is defined."""
+    pytest.importorskip("triton", reason="Triton is not installed")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.delitem(sys.modules, "trainer.lrn_triton", raising=False)
     yield importlib.import_module("trainer.lrn_triton")
@@ -62,3 +64,32 @@ def test_kernels_are_used_only_if_their_trial_agrees_with_torch(kernels, monkeyp
     monkeypatch.setattr("trainer.lrn_triton", kernels, raising=False)
     assert lrn.load_triton.__wrapped__("cpu") is None
     assert "Triton cannot be used for LRN" in capsys.readouterr().err
+
+
+def test_kernels_are_annotated_with_nothing_that_tritons_compiler_refuses():
+    source = Path(lrn.__file__).with_name("lrn_triton.py").read_text(encoding="utf-8")
+    kernels = [
+        node
+        for node in ast.parse(source).body
+        if isinstance(node, ast.FunctionDef) and [ast.unparse(one) for one in node.decorator_list] == ["triton.jit"]
+    ]
+    said = {ast.unparse(arg.annotation) for kernel in kernels for arg in kernel.args.args if arg.annotation}
+    assert len(kernels) == 4 and said == {"tl.tensor", "tl.constexpr"}  # a name of any other module is an error there
+
+
+@pytest.mark.parametrize("dtype", ["*fp32", "*bf16", "*fp16"])
+@pytest.mark.parametrize("size", ["i32", "i64"])
+def test_the_kernels_compile_for_an_h100_where_there_is_none(monkeypatch, dtype, size):
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.delitem(sys.modules, "trainer.lrn_triton", raising=False)
+    kernels = importlib.import_module("trainer.lrn_triton")
+    constants = {"maps": 48, "relu": True, "block": 1024}
+    kinds = {"x": dtype, "gradient": dtype, "out": dtype, "size": size} | dict.fromkeys(constants, "constexpr")
+    for kernel in (kernels._forward, kernels._backward):
+        signature = {name: kinds.get(name, "fp32") for name in kernel.arg_names}
+        source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+        assert "sm_90" in compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]
