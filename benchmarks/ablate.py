@@ -224,7 +224,8 @@ def show(done: Sequence[Run], shards: ShardSet, options: argparse.Namespace) -> 
     """Write OUT/ablation.md, .json and .png of the runs that are done; the table."""
     from ablate_table import compare, format_table, plot
 
-    from trainer.runlog import METRICS, read_metrics
+    from trainer.metricslog import read_metrics
+    from trainer.runlog import METRICS
 
     results: dict[str, dict[int, dict[str, Any]]] = {}
     for run in done:

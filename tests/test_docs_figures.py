@@ -17,9 +17,10 @@ from pipeline.colorstats import ColorStats
 from pipeline.shardset import ShardSet
 from tests import oracle
 from trainer import checkpoint
+from trainer.metricslog import MetricsLog
 from trainer.model import AlexNet
 from trainer.recipe import RECIPES, override, to_dict
-from trainer.runlog import CHECKPOINTS, LAST, METRICS, MetricsLog, create_run, write_config
+from trainer.runlog import CHECKPOINTS, LAST, METRICS, create_run, write_config
 
 SCRIPT = Path(__file__).resolve().parent.parent / "docs" / "figures.py"
 

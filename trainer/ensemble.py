@@ -23,8 +23,9 @@ from pipeline.shardset import ShardSet
 from trainer.distributed import Ranks, gather, join, reduce_sum
 from trainer.evaluate import Crops, Errors, choose_dtype, count_errors, evaluate, make_eval_loader, to_errors
 from trainer.interchange import load_any
+from trainer.metricslog import MetricsLog
 from trainer.predict import Guess, find_best
-from trainer.runlog import CHECKPOINTS, METRICS, MetricsLog
+from trainer.runlog import CHECKPOINTS, METRICS
 from trainer.tables import print_errors, write_csv
 from trainer.weights import Weights, complete, make_net
 

@@ -18,10 +18,12 @@ from pipeline.console import Voice, note, print_line, warn
 from pipeline.files import write_json
 from trainer.display import TrainDisplay
 from trainer.distributed import Ranks, gather
+from trainer.environment import environment
 from trainer.evaluate import Errors
 from trainer.gpuload import read_gpu_load
+from trainer.metricslog import MetricsLog
 from trainer.model import AlexNet
-from trainer.runlog import ENVIRONMENT, METRICS, MetricsLog, create_run, environment, lock_run, write_config
+from trainer.runlog import ENVIRONMENT, METRICS, create_run, lock_run, write_config
 from trainer.tensorboard import Board
 
 

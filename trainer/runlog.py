@@ -1,9 +1,8 @@
 """What a run leaves behind while it trains: its folder, whose name is its own, and its configuration.
 
 The decision that shaped it: a folder is made or found by one atomic step, so that two runs never share one, and what
-makes a folder a run is its config.json. Left out: metrics.jsonl (metricslog.py, whose names are at hand here too),
-checkpoints (checkpoint.py), pictures (figures.py), what the screen shows (display.py) and the record of the
-surroundings (environment.py).
+makes a folder a run is its config.json. Left out: metrics.jsonl (metricslog.py), checkpoints (checkpoint.py),
+pictures (figures.py), what the screen shows (display.py) and the record of the surroundings (environment.py).
 """
 
 import fcntl
@@ -13,12 +12,6 @@ from typing import Any, BinaryIO
 
 from pipeline.errors import UserError
 from pipeline.files import read_json, write_json
-from trainer.environment import environment as environment  # one door for the journal
-from trainer.metricslog import EvalRecord as EvalRecord
-from trainer.metricslog import GpuFields as GpuFields
-from trainer.metricslog import MetricsLog as MetricsLog
-from trainer.metricslog import TrainRecord as TrainRecord
-from trainer.metricslog import read_metrics as read_metrics
 
 CONFIG, ENVIRONMENT, METRICS = "config.json", "environment.json", "metrics.jsonl"
 CHECKPOINTS, LAST, BEST = "checkpoints", "last.pt", "best.pt"

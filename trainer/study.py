@@ -17,9 +17,10 @@ from pipeline.errors import UserError
 from pipeline.shardset import ShardSet
 from trainer import checkpoint
 from trainer.confusion import Answers, read_predictions
+from trainer.metricslog import read_metrics
 from trainer.model import AlexNet
 from trainer.recipe import from_dict
-from trainer.runlog import BEST, CHECKPOINTS, CONFIG, ENVIRONMENT, LAST, METRICS, read_config, read_metrics
+from trainer.runlog import BEST, CHECKPOINTS, CONFIG, ENVIRONMENT, LAST, METRICS, read_config
 
 if TYPE_CHECKING:
     from trainer.examples import Examples

@@ -7,8 +7,9 @@ import numpy as np
 
 from tests.trainer.nets import PAPER, draw_state
 from trainer import checkpoint
+from trainer.metricslog import MetricsLog
 from trainer.recipe import to_dict
-from trainer.runlog import BEST, CHECKPOINTS, METRICS, MetricsLog, write_config
+from trainer.runlog import BEST, CHECKPOINTS, METRICS, write_config
 from trainer.tables import write_csv
 
 WILD_CLASS, WILD_RUN = "<script>alert(1)</script>", "<img src=x onerror=alert(1)>"

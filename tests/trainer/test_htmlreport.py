@@ -10,7 +10,8 @@ from pipeline.errors import UserError
 from pipeline.names import load_ilsvrc2012
 from tests.trainer.reporting import WILD_CLASS, WILD_RUN, make_run
 from trainer.htmlreport import list_errors, render, write_page
-from trainer.runlog import METRICS, MetricsLog, read_config, write_config
+from trainer.metricslog import MetricsLog
+from trainer.runlog import METRICS, read_config, write_config
 from trainer.study import read_study
 from trainer.tables import PUBLISHED
 

@@ -9,10 +9,11 @@ from PIL import Image
 from pipeline.errors import UserError
 from pipeline.shardset import ShardSet
 from trainer import checkpoint
+from trainer.metricslog import MetricsLog
 from trainer.model import AlexNet
 from trainer.recipe import RECIPES, override, to_dict
 from trainer.report import compare, format_summary, report
-from trainer.runlog import BEST, CHECKPOINTS, LAST, METRICS, MetricsLog, create_run, write_config
+from trainer.runlog import BEST, CHECKPOINTS, LAST, METRICS, create_run, write_config
 from trainer.study import read_study
 
 TRAIN = {"loss": 2.0, "top1_error": 80.0, "top5_error": 30.0, "lr": 0.01, "time_s": 1.0}

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from pipeline.errors import UserError
 from trainer import runlog
-from trainer.runlog import MetricsLog, create_run, find_run, read_config, read_metrics, resolve_run, write_config
+from trainer.metricslog import MetricsLog, read_metrics
+from trainer.runlog import create_run, find_run, read_config, resolve_run, write_config
 
 TRAIN = {
     "step": 40,

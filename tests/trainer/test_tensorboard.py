@@ -172,7 +172,7 @@ def test_events_are_written_if_tensorboard_is_there_and_asked_for_in_vain_named(
 
 
 def test_what_is_shown_is_what_is_logged():
-    from trainer.runlog import EvalRecord, GpuFields, TrainRecord
+    from trainer.metricslog import EvalRecord, GpuFields, TrainRecord
     from trainer.tensorboard import _SCALARS
 
     shown = set(_SCALARS["train"]) | {"step", "epoch", "time_s"}
