@@ -200,6 +200,24 @@ def test_classes_of_another_set_have_the_names_in_the_metadata_or_their_numbers(
     assert [c.wnid for c in source.classes] == ["00", "10"]
 
 
+@pytest.mark.parametrize(
+    ("content", "text"), [(pa.large_binary(), pa.large_string()), (pa.binary_view(), pa.string_view())]
+)
+@pytest.mark.parametrize("compression", ["snappy", "zstd"])
+def test_names_and_classes_are_the_same_in_whatever_type_of_text_a_writer_stores_paths(
+    tmp_path, content, text, compression
+):
+    """Polars and newer pandas write large or viewed strings; only the schema beside the data tells them apart."""
+    rows = {"train-0": [("n01443537_7_n01443537.JPEG", b"b", 1), ("n01440764_1_n01440764.JPEG", b"a", 0)]}
+    schema = pa.schema([("image", pa.struct([("bytes", content), ("path", text)])), ("label", pa.int64())])
+    source = open_source(write_set(tmp_path, rows, schema, compression=compression))
+    assert [c.wnid for c in source.classes] == ["n01440764", "n01443537"]
+    assert [(entry.base_name, source.read(entry)) for entry in source.entries("train")] == [
+        ("n01440764_1.JPEG", b"a"),
+        ("n01443537_7.JPEG", b"b"),
+    ]
+
+
 def test_one_column_of_plain_bytes_will_do(tmp_path):
     (tmp_path / "train").mkdir()
     table = pa.table({"image": pa.array([b"a", b"b"], pa.binary()), "label": pa.array([0, 1], pa.int32())})
@@ -223,9 +241,15 @@ def make_text_image(root: Path) -> None:
     pq.write_table(pa.table({"image": ["x"], "label": [0]}), root / "data/train-0.parquet")
 
 
+def make_path_of_numbers(root: Path) -> None:
+    schema = pa.schema([("image", pa.struct([("bytes", pa.binary()), ("path", pa.int64())])), ("label", pa.int64())])
+    write_set(root, {"train-0": [(3, b"a", 0)]}, schema)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (make_path_of_numbers, "train-0.parquet: image.path is 'int64', expected text"),
         (make_cut, r"train-0.parquet: not a whole Parquet file \("),
         (make_other_columns, "columns 'text string, label int64', expected image and label"),
         (make_text_image, "column image is 'string', expected a struct of bytes and path"),

@@ -161,13 +161,25 @@ def _check_schema(path: Path, schema: "pyarrow.Schema") -> bool | None:
         or not _is_binary(image.field("bytes").type)
     ):
         raise UserError(f"{path}: column image is {str(image)[:80]!r}, expected a struct of bytes and path, or bytes")
-    return image.get_field_index("path") >= 0 and pyarrow.types.is_string(image.field("path").type)
+    if image.get_field_index("path") < 0:
+        return False
+    path_type = image.field("path").type
+    # A path that cannot be read is refused, not left out: the order of the images and their classes' names hang on it.
+    if not (_is_string(path_type) or pyarrow.types.is_null(path_type)):
+        raise UserError(f"{path}: image.path is {str(path_type)[:80]!r}, expected text; write the files again")
+    return bool(_is_string(path_type))
 
 
 def _is_binary(kind: "pyarrow.DataType") -> bool:
-    import pyarrow
+    from pyarrow import types
 
-    return bool(pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind))
+    return bool(types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind))
+
+
+def _is_string(kind: "pyarrow.DataType") -> bool:
+    from pyarrow import types
+
+    return bool(types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind))
 
 
 def _read_titles(schema: "pyarrow.Schema") -> dict[int, str]:
