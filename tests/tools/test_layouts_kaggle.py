@@ -54,6 +54,17 @@ def test_val_sorted_into_class_folders_needs_no_list(synth_tree, tmp_path):
     assert source.layout == "kaggle" and len(source.entries("val")) == 24
 
 
+def test_what_lies_in_val_beside_its_images_is_named(tmp_path):
+    val = make_kaggle(tmp_path) / CLS_LOC / "val"
+    (val / "n1").mkdir()
+    (val / "n1/v_3.JPEG").write_bytes(b"of a sorting that was broken off")
+    (val / "notes.txt").write_text("")
+    assert any(
+        remark.startswith("val: 2 other files and folders not used: 'n1', 'notes.txt'; images end in")
+        for remark in open_source(tmp_path).remarks
+    )
+
+
 def test_ids_of_the_list_are_looked_up_and_never_opened(tmp_path):
     (tmp_path / "secret.JPEG").write_bytes(b"secret")
     rows = "v_1,n1 1 2 3 4\nv_2,n1 1 2 3 4\n../../../../secret,n1 1 2 3 4\n/etc/passwd,n2 1 2 3 4\n"

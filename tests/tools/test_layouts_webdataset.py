@@ -113,6 +113,19 @@ def test_members_of_other_kinds_and_labels_without_images_are_counted(tmp_path):
     assert "2 members that are neither images nor labels not used" in text and "1 labels without an image" in text
 
 
+def test_images_with_a_dot_in_their_key_are_named_and_not_called_other_members(tmp_path):
+    """By WebDataset's rule a.mask.png is the field mask.png of the sample a; holiday.2012.JPG was meant as a key."""
+    members = [*pair("a", 0), ("sub/a.mask.png", b"mask"), *pair("holiday.2012", 1, "JPG"), ("a.json", b"{}")]
+    source = open_source(make_tars(tmp_path, {"train.tar": members}))
+    assert [entry.base_name for entry in source.entries("train")] == ["a.jpg"]
+    text = "\n".join(source.remarks)
+    assert (
+        "2 images not used for their names, whose endings begin at the first dot: 'a.mask.png', 'holiday.2012.JPG';"
+        in (text)
+    )
+    assert "2 members that are neither images nor labels not used" in text
+
+
 def test_keys_are_names_and_never_paths(tmp_path):
     (tmp_path / "outside.jpg").write_bytes(b"secret")
     members = [*pair("../outside", 0), *pair("/etc/passwd", 0)]

@@ -63,7 +63,8 @@ def test_images_are_known_by_their_ending_and_the_rest_is_counted(tmp_path):
     (tmp_path / "train/a/folder.jpg").mkdir()
     source = open_source(tmp_path)
     assert len(source.entries("train")) == len(endings)
-    assert any(remark.startswith("train: 4 other files") for remark in source.remarks)
+    named = "'a/folder.jpg', 'a/jpeg', 'a/notes.txt', 'readme'"
+    assert any(remark.startswith(f"train: 4 other files and folders not used: {named};") for remark in source.remarks)
 
 
 def test_links_are_followed_and_a_broken_one_is_not_lost_in_silence(tmp_path):
@@ -71,14 +72,19 @@ def test_links_are_followed_and_a_broken_one_is_not_lost_in_silence(tmp_path):
     fill(tmp_path / "source", "train/a/2.JPEG")
     (tmp_path / "source/train/b").symlink_to(tmp_path / "elsewhere/pictures")
     (tmp_path / "source/train/a/gone.JPEG").symlink_to(tmp_path / "nothing")
+    (tmp_path / "source/train/a/itself.JPEG").symlink_to("itself.JPEG")
+    (tmp_path / "source/train/round").symlink_to("round")
     source = open_source(tmp_path / "source")
     assert [entry.path for entry in source.entries("train")] == [
         "train/a/2.JPEG",
         "train/a/gone.JPEG",
+        "train/a/itself.JPEG",
         "train/b/1.JPEG",
     ]
-    with pytest.raises(FileNotFoundError):
-        source.read(source.entries("train")[1])
+    for broken in source.entries("train")[1:3]:
+        with pytest.raises(OSError, match=r"No such file|Too many levels of symbolic links"):
+            source.read(broken)
+    assert any("1 other files and folders not used: 'round'" in remark for remark in source.remarks)
 
 
 def test_remarks_tell_of_empty_classes_missing_val_and_unlabelled_test(tmp_path):

@@ -1,10 +1,11 @@
 """Folders: train/<class>/* and val/<class>/*, or class folders alone, of which a share is taken for validation.
 
 The decision that shaped it: a directory entry is all that is looked at, so that 1.3 million files are listed in
-seconds. Hidden files are passed over, links followed, files without an image's ending counted in a remark.
+seconds. Hidden files are passed over, links followed; what is no image directly in a class folder is named in a remark.
 """
 
 import os
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -46,13 +47,13 @@ def scan(root: Path) -> Listing:
     listing = Listing("folder", root, [], [], [], partial(_read, root), is_undivided=is_undivided)
     add_train(listing, "" if is_undivided else "train")
     if (root / "val").is_dir() and not is_undivided:
-        folders, num_ignored = list_split(root / "val")
+        folders, ignored = list_split(root / "val")
         if not any(folders.values()):
             raise UserError(
-                f"{root / 'val'}: {len(folders)} class folders and {num_ignored} other files, but no image in a class "
+                f"{root / 'val'}: {len(folders)} class folders and {len(ignored)} other files, but no image in a class "
                 f"folder; expected {EXPECTED}, or no val/ at all"
             )
-        add_val(listing, folders, num_ignored)
+        add_val(listing, folders, ignored)
     others = [name for name in list_names(root) if name in _SPLIT_NAMES - {"train", "val", "test"}]
     if others and not is_undivided:
         listing.remarks.append(f"{name_some(others)} not used: validation images are looked for in val/")
@@ -64,7 +65,7 @@ def scan(root: Path) -> Listing:
 def add_train(listing: Listing, split: str) -> None:
     """Add the class folders of the folder `split`, and their names."""
     folder = listing.root / split
-    folders, num_ignored = list_split(folder)
+    folders, ignored = list_split(folder)
     if not folders:
         raise UserError(f"{folder}: holds no folders, expected one per class; expected {EXPECTED}")
     empty = sorted(name for name, files in folders.items() if not files)
@@ -82,10 +83,10 @@ def add_train(listing: Listing, split: str) -> None:
         listing.remarks.append(
             f"{split or folder}: {len(empty)} class folders without an image passed over: {name_some(empty)}"
         )
-    _remark_ignored(listing, split or str(folder), num_ignored)
+    remark_ignored(listing, split or str(folder), ignored)
 
 
-def add_val(listing: Listing, folders: dict[str, list[str]], num_ignored: int) -> None:
+def add_val(listing: Listing, folders: dict[str, list[str]], ignored: list[str]) -> None:
     """Add validation images by class folder; a class that train/ does not have gets a label of its own."""
     labels = {name: label for label, name in enumerate(listing.names)}
     for name, files in sorted(folders.items()):
@@ -94,49 +95,58 @@ def add_val(listing: Listing, folders: dict[str, list[str]], num_ignored: int) -
                 labels[name] = len(listing.names)
                 listing.names.append(name)
             listing.val += [Entry(f"val/{name}/{file}", labels[name]) for file in files]
-    _remark_ignored(listing, "val", num_ignored)
+    remark_ignored(listing, "val", ignored)
 
 
-def _remark_ignored(listing: Listing, folder: str, num_ignored: int) -> None:
-    if num_ignored:
+def remark_ignored(listing: Listing, folder: str, ignored: list[str], place: str = "a class folder") -> None:
+    """Name what is there besides the images, which are expected directly in `place`."""
+    if ignored:
         listing.remarks.append(
-            f"{folder}: {num_ignored} other files (not ending in {' '.join(IMAGE_ENDINGS)}) not used"
+            f"{folder}: {len(ignored)} other files and folders not used: {name_some(sorted(ignored))}; images end in "
+            f"{' '.join(IMAGE_ENDINGS)} and lie directly in {place}"
         )
 
 
-def list_split(folder: Path) -> tuple[dict[str, list[str]], int]:
-    """Image names by class folder, and how many visible files are none."""
+def list_split(folder: Path) -> tuple[dict[str, list[str]], list[str]]:
+    """Image names by class folder, and the names, from `folder` on, of whatever else is visible."""
     folders: dict[str, list[str]] = {}
-    num_ignored = 0
+    ignored: list[str] = []
     with os.scandir(folder) as items:
         for item in items:
             if item.name.startswith("."):
                 continue
-            if item.is_dir():
-                folders[item.name], ignored = list_images(item.path)
-                num_ignored += ignored
+            if _leads_to(item.is_dir):
+                folders[item.name], others = list_images(item.path)
+                ignored += [f"{item.name}/{name}" for name in others]
             else:
-                num_ignored += 1
-    return folders, num_ignored
+                ignored.append(item.name)
+    return folders, ignored
 
 
-def list_images(folder: str | Path) -> tuple[list[str], int]:
-    """Names of the images directly in `folder`, and how many other visible things are there."""
-    files, num_ignored = [], 0
+def list_images(folder: str | Path) -> tuple[list[str], list[str]]:
+    """Names of the images directly in `folder`, and of whatever else is visible there."""
+    files: list[str] = []
+    ignored: list[str] = []
     with os.scandir(folder) as items:
         for item in items:
-            if _is_image(item):
-                files.append(item.name)
-            elif not item.name.startswith("."):
-                num_ignored += 1
-    return files, num_ignored
+            if not item.name.startswith("."):
+                (files if _is_image(item) else ignored).append(item.name)
+    return files, ignored
 
 
 def _is_image(item: os.DirEntry[str]) -> bool:
     if item.name.startswith(".") or not item.name.lower().endswith(IMAGE_ENDINGS):
         return False
     # A broken link counts as an image: reading it fails, so it ends in the failure list and not in silence.
-    return item.is_file() or (item.is_symlink() and not os.path.exists(item.path))  # noqa: PTH110 - 1.3 million
+    return _leads_to(item.is_file) or (item.is_symlink() and not os.path.exists(item.path))  # noqa: PTH110
+
+
+def _leads_to(is_kind: Callable[[], bool]) -> bool:
+    """An entry's `is_file` or `is_dir`, but False for a link to itself or to where we may not look: they raise."""
+    try:
+        return is_kind()
+    except OSError:
+        return False
 
 
 def list_names(folder: Path) -> list[str]:

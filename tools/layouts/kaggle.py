@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from pipeline.errors import UserError
-from tools.layouts.folder import _read, add_train, add_val, list_images, list_split
+from tools.layouts.folder import _read, add_train, add_val, list_images, list_split, remark_ignored
 from tools.layouts.listing import Entry, Listing, name_some, split_stem
 
 EXPECTED = (
@@ -51,12 +51,12 @@ def _find_list(root: Path, name: str) -> Path | None:
 
 def _add_val(listing: Listing) -> None:
     root = listing.root
-    files, _ = list_images(root / "val")
+    files, others = list_images(root / "val")
     if not files:
-        folders, num_ignored = list_split(root / "val")
+        folders, ignored = list_split(root / "val")
         if not any(folders.values()):
             raise UserError(f"{root / 'val'}: holds no image, expected {EXPECTED}")
-        add_val(listing, folders, num_ignored)
+        add_val(listing, folders, ignored)
         return
     solution = _find_list(root, _SOLUTION)
     if solution is None:
@@ -71,6 +71,7 @@ def _add_val(listing: Listing) -> None:
             f"{solution}: no label for {len(unlabelled)} of the {len(files)} images of {root / 'val'}: "
             f"{name_some(unlabelled)}; expected a row each, fetch the file again"
         )
+    remark_ignored(listing, "val", others, "val/")
     labels = {name: label for label, name in enumerate(listing.names)}
     for file in files:
         wnid = wnids[split_stem(file)[0]]

@@ -2,7 +2,7 @@
 
 The decision that shaped it: a tar is scanned by its headers and read in place; the few bytes of a label come with the
 header before them. Every image has a label or the source is refused: one left out by itself would never be missed.
-What else a sample holds (.json, .txt) is counted in a remark.
+What else a sample holds (.json, .txt, .mask.png) is counted in a remark, and a name with a dot too many is shown.
 """
 
 import re
@@ -29,6 +29,15 @@ class _Sample(NamedTuple):
     label: int
     offset: int
     size: int
+
+
+class _Part(NamedTuple):
+    """What a tar holds: samples, names of images with a dot too many, other members, labels without an image."""
+
+    samples: list[_Sample]
+    dotted: list[str]
+    num_others: int
+    num_lonely: int
 
 
 def find(root: Path) -> Path | None:
@@ -77,11 +86,13 @@ def scan(root: Path) -> Listing:
     files = (*splits["train"], *splits["val"])
     listing = Listing("webdataset", root, [], [], [], SpanReader(str(root), files), remarks=remarks)
     num_train, num_others, num_lonely = len(splits["train"]), 0, 0
+    dotted: list[str] = []
     wnids: dict[int, set[str | None]] = {}
-    for number, (samples, others, lonely) in enumerate(scan_all(lambda file: _scan_one(root / file), files, "scan")):
-        num_others, num_lonely = num_others + others, num_lonely + lonely
+    for number, part in enumerate(scan_all(lambda file: _scan_one(root / file), files, "scan")):
+        num_others, num_lonely = num_others + part.num_others, num_lonely + part.num_lonely
+        dotted += part.dotted
         split = listing.train if number < num_train else listing.val
-        for sample in samples:
+        for sample in part.samples:
             name = sample.key.rpartition("/")[2]
             base = strip_wnid(name)
             if number < num_train:
@@ -92,6 +103,11 @@ def scan(root: Path) -> Listing:
         raise UserError(f"{root}: no sample in {name_some(splits['train'])}; expected {EXPECTED}")
     if num_others:
         remarks.append(f"{num_others:,} members that are neither images nor labels not used")
+    if dotted:
+        remarks.append(
+            f"{len(dotted):,} images not used for their names, whose endings begin at the first dot: "
+            f"{name_some(dotted)}; expected <key>.jpg, no dot in the key"
+        )
     if num_lonely:
         remarks.append(f"{num_lonely:,} labels without an image")
     call_labels(listing, wnids)
@@ -115,11 +131,10 @@ def call_labels(listing: Listing, wnids: dict[int, set[str | None]], titles: dic
         listing.remarks.append(remark)
 
 
-def _scan_one(path: Path) -> tuple[list[_Sample], int, int]:
-    """Samples of a tar, how many members are of other kinds, and how many labels have no image."""
+def _scan_one(path: Path) -> _Part:
     images: dict[str, tuple[str, int, int]] = {}
     labels: dict[str, int] = {}
-    num_others = 0
+    num_others, dotted = 0, []
     for member, window in scan_tar(OpenFile(str(path))):
         folder, slash, base = member.name.rpartition("/")
         stem, _, ending = base.partition(".")  # WebDataset's rule: a key has no dot
@@ -137,6 +152,8 @@ def _scan_one(path: Path) -> tuple[list[_Sample], int, int]:
             if not re.fullmatch(rb"[0-9]{1,9}", text):
                 raise UserError(f"{path}: label of {key!r} is {text[:_MAX_LABEL_BYTES]!r}, expected a number from 0 on")
             labels[key] = int(text)
+        elif ending.rpartition(".")[2] in _ENDINGS:
+            dotted.append(base)
         else:
             num_others += 1
     unlabelled = sorted(images.keys() - labels.keys())
@@ -147,4 +164,4 @@ def _scan_one(path: Path) -> tuple[list[_Sample], int, int]:
             f"<key>.cls beside each{hint}"
         )
     samples = [_Sample(key, ending, labels[key], offset, size) for key, (ending, offset, size) in images.items()]
-    return samples, num_others, len(labels.keys() - images.keys())
+    return _Part(samples, dotted, num_others, len(labels.keys() - images.keys()))
