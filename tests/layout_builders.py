@@ -8,6 +8,15 @@ from pathlib import Path
 WNID_SUFFIX_SPLITS = {"train": "train", "val": "validation"}
 
 
+def fill(root: Path, *names: str) -> Path:
+    """Files of these names, each of them holding its name."""
+    for name in names:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(name.encode())
+    return root
+
+
 def list_tree(tree: Path, split: str) -> list[tuple[str, Path]]:
     """(wnid, file) of a split, by class and name."""
     return [(path.parent.name, path) for path in sorted((tree / split).glob("*/*")) if path.is_file()]

@@ -19,6 +19,7 @@ import pytest
 
 from pipeline.errors import UserError
 from tests.sharding import BROKEN, PREP, hash_output, make, prep, wait_until, wait_until_gone
+from tests.tools.units import die_at_three, double, fail_at_three, fail_in_code, is_running
 from tools.engine_ray import _hold_signals, run_units_on_ray
 
 pytestmark = [
@@ -79,38 +80,10 @@ def cluster():
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def double(unit, report):
-    for _ in range(unit):
-        report((os.getpid(), 1))
-    return unit, 2 * unit
-
-
-def die_at_three(unit, report):
-    if unit == 3:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return unit
-
-
-def fail_at_three(unit, report):
-    if unit == 3:
-        raise OSError(28, "No space left on device", "/the/file")
-    return unit
-
-
-def fail_in_code(unit, report):
-    return {}[unit]
-
-
 def work_for_long(folder, report):
     (Path(folder) / f"{os.getpid()}.pid").touch()
     report(os.getpid())
     time.sleep(1000)
-
-
-def is_running(pid):
-    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    return False
 
 
 def run(function, units, cluster, **options):

@@ -12,41 +12,13 @@ import pytest
 
 from pipeline.errors import UserError
 from tests.sharding import wait_until
+from tests.tools.units import die_at_three, double, fail_at_three, fail_in_code, is_running
 from tools.engines import count_cpus, run_units
-
-
-def double(unit, report):
-    for _ in range(unit):
-        report((os.getpid(), 1))
-    return unit, 2 * unit
-
-
-def die_at_three(unit, report):
-    if unit == 3:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return unit
-
-
-def fail_at_three(unit, report):
-    if unit == 3:
-        raise OSError(28, "No space left on device", "/the/file")
-    return unit
-
-
-def fail_in_code(unit, report):
-    return {}[unit]
 
 
 def wait_for_ever(unit, report):
     report(os.getpid())
     time.sleep(1000)
-
-
-def is_running(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
 
 
 def run(function, units, **options):

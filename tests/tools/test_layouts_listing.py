@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from pipeline.errors import UserError
 from pipeline.names import load_ilsvrc2012
-from tests.layout_builders import BUILDERS
+from tests.layout_builders import BUILDERS, fill
 from tools.layouts.listing import Entry, Listing, name_labels, put_in_order, split_stem, strip_wnid, take_share
 from tools.sources import open_source
 
@@ -20,14 +20,6 @@ def make_listing(sizes: list[int], seed: int = 0) -> Listing:
     train = [Entry(f"train/{names[label]}/{n}.JPEG", label) for label, size in enumerate(sizes) for n in range(size)]
     random.Random(seed).shuffle(train)
     return Listing("folder", Path("root"), names, train, [], lambda entry: b"")
-
-
-def fill(root: Path, *names: str) -> Path:
-    for name in names:
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(name.encode())
-    return root
 
 
 # --val-fraction

@@ -7,17 +7,9 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import UserError
-from tests.layout_builders import BUILDERS, build_folder, build_official, build_tar
+from tests.layout_builders import BUILDERS, build_folder, build_official, build_tar, fill
 from tools.layouts import LAYOUTS
 from tools.sources import Entry, open_source
-
-
-def fill(root: Path, *names: str) -> Path:
-    for name in names:
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(name.encode())
-    return root
 
 
 def test_classes_are_ranked_by_name_and_train_is_ordered_by_class_and_base_name(tmp_path):
