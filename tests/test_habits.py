@@ -9,8 +9,11 @@ import sys
 import tomllib
 from pathlib import Path
 
+import click
 import pytest
 import yaml
+
+from tests.documents import find_command
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -114,6 +117,16 @@ def test_every_command_tells_its_version(script):
     done = run_script(script, "--version")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == f"{script}, version {PROJECT['version']}\n"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_fits_80_columns_and_cuts_no_sentence_short(script):
+    command = find_command(script)
+    inner = command.commands if isinstance(command, click.Group) else {}
+    for name, one in {"": command, **inner}.items():
+        context = click.Context(one, info_name=f"{script} {name}".strip(), terminal_width=80, max_content_width=80)
+        lines = one.get_help(context).splitlines()
+        assert [line for line in lines if len(line) > 80 or (line.startswith("  ") and line.endswith("..."))] == []
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -193,7 +193,7 @@ def _count_failures(out: str, summary: "Summary") -> str:
     return f"{summary.num_failures} images could not be used: {where}{repaired}"
 
 
-@group.command()
+@group.command(short_help="Compute the mean and the colour axes of the training set.")
 @click.option("--shards", default=DEFAULT_SHARDS, envvar=SHARDS_VARIABLE, show_envvar=True, type=click.Path(),
               help="Folder of shards; the statistics are written into it.")  # fmt: skip
 @click.option("--device", default="auto", type=click.Choice(["auto", "cpu", "gpu"]), help="Where images are decoded.")
@@ -259,7 +259,7 @@ for _command in COMMANDS:
     group.add_command(_command)
 
 
-@group.command()
+@group.command(short_help="Check this machine: driver, GPUs, decoders, memory, disk.")
 @click.option("--shards", default=DEFAULT_SHARDS, envvar=SHARDS_VARIABLE, show_envvar=True, type=click.Path(),
               help="Folder of shards whose disk is timed.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print the checks as one JSON object.")

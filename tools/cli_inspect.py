@@ -74,7 +74,7 @@ def _print_holders(facts: dict[str, Any]) -> None:
         console.say(f"{'in use by' if each['is_alive'] else 'left by'} {each['holder']}")
 
 
-@click.command(cls=console.Command)
+@click.command(cls=console.Command, short_help="Check a folder of shards from end to end.")
 @_shards
 @click.option("--decode", is_flag=True, help="Decode every image too.")
 @click.option("--workers", type=click.IntRange(min=1), show_default="one per CPU", help="Worker processes.")
@@ -140,7 +140,7 @@ def print_columns(title: str, columns: tuple[str, ...], rows: list[tuple[str, ..
     Console(width=None if is_terminal else _LOG_WIDTH, soft_wrap=not is_terminal).print(table)
 
 
-@click.command(cls=console.Command)
+@click.command(cls=console.Command, short_help="Draw a contact sheet of what the network will see.")
 @_shards
 @click.option("--out", default="preview.png", type=click.Path(), help="PNG to write.")
 @click.option("--samples", "num_samples", default=8, type=click.IntRange(1, 64), help="Images to show.")

@@ -60,10 +60,11 @@ def command(
     """Measure WHAT limits training, each rate beside the limit of this machine.
 
     \b
-    loader  images/s of the training loader alone, beside decoding the same images and nothing else
-    step    images/s and TFLOP/s of training on synthetic data on the device, beside a matrix product
-    train   both together: which of the two limits, or their overlap, and what to change
+    loader  images/s of feeding alone, beside decoding the same images alone
+    step    images/s and TFLOP/s of training alone, beside a matrix product
+    train   both together: which of the two limits, or their overlap
 
+    With step, data are synthetic and on the device already. train says what to change.
     Rates alternate in rounds; medians and spread are printed. Several GPUs: the sum over ranks.
     """
     changes = [f"global_batch_size={global_batch_size}"] if global_batch_size else []

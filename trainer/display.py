@@ -136,7 +136,7 @@ class TerminalDisplay(TrainDisplay):
 
     def epoch_done(self, epoch: int, summary: str) -> None:
         line = f"{_epoch(epoch, self._tally)}  {summary}"
-        self._live.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        self._live.console.print(line, markup=False, highlight=False)  # broken between words
 
     def _show(self, standing: Standing) -> None:
         self.step(standing.epoch, standing.step_in_epoch)
@@ -149,24 +149,22 @@ class TerminalDisplay(TrainDisplay):
         self._live.stop()
 
 
-_LEARNT = ("loss", "top-1", "top-5", "validation", "rate")
+_LEARNT = ("loss", "top-1", "top-5", "val.", "rate")
 
 
 def spell(now: Standing) -> list[str]:
-    """The numbers in words: what is learned, then how fast."""
+    """The numbers in words: what is learned, then how fast. Each half fits 80 columns."""
     parts = [f"loss {now.loss:.3f}", f"top-1 error {now.top1_error:.1f} %", f"top-5 {now.top5_error:.1f} %"]
     if now.best_error is not None:
-        parts.append(f"validation best {now.best_error:.2f} %")
+        parts.append(f"val. best {now.best_error:.2f} %")
     parts += [
         f"rate {now.lr:.3g}",
         f"{now.images_per_s:,.0f} images/s (mean {now.mean_images_per_s:,.0f})",
         f"waiting for data {100 * now.data_wait_fraction:.0f} %",
     ]
-    if now.gpu_utilisation is not None:
-        parts.append(f"GPU {100 * now.gpu_utilisation:.0f} %")
-    if now.gpu_memory_bytes is not None:
-        parts.append(f"GPU memory {now.gpu_memory_bytes / _GIB:.1f} GiB")
-    return parts
+    gpu = [] if now.gpu_utilisation is None else [f"{100 * now.gpu_utilisation:.0f} %"]
+    gpu += [] if now.gpu_memory_bytes is None else [f"{now.gpu_memory_bytes / _GIB:.1f} GiB"]
+    return [*parts, f"GPU {', '.join(gpu)}"] if gpu else parts
 
 
 def choose_display(voice: Voice, tally: Tally) -> TrainDisplay:

@@ -146,8 +146,31 @@ def test_the_picture_holds_both_bars_and_every_number_and_never_more_than_the_wi
     assert lines[0].startswith("epoch 1/90") and "5010/10009 steps" in lines[0]
     assert lines[1].startswith("total") and lines[1].rstrip().endswith("left")
     if width >= 80:
-        assert lines[2].startswith("loss 1.930  top-1 error 71.2 %  top-5 20.5 %  validation best 43.21 %  rate 0.01")
-        assert lines[3].startswith("1,212 images/s (mean 1,212)  waiting for data 1 %  GPU 97 %  GPU memory 5.0 GiB")
+        assert lines[2].startswith("loss 1.930  top-1 error 71.2 %  top-5 20.5 %  val. best 43.21 %  rate 0.01")
+        assert lines[3].startswith("1,212 images/s (mean 1,212)  waiting for data 1 %  GPU 97 %, 5.0 GiB")
+
+
+def test_long_numbers_are_not_cut_on_a_terminal_of_80_columns():
+    from rich.console import Console
+
+    screen = Console(file=io.StringIO(), width=80, force_terminal=False, record=True)
+    display = TerminalDisplay(Tally(90, 10009, clock=ticking(30.0)), screen)
+    display.evaluated(99.9)
+    long = {"loss": 6.908, "top1_error": 99.9, "top5_error": 99.5, "lr": 0.0000125, "images_per_s": 85123.4}
+    display.record(record(5000, **long, data_wait_fraction=1.0, gpu_utilisation=1.0, gpu_memory_bytes=79 << 30))
+    screen.print(display._live.renderable)
+    shown = screen.export_text()
+    assert "rate 1.25e-05" in shown and "GPU 100 %, 79.0 GiB" in shown and "\N{HORIZONTAL ELLIPSIS}" not in shown
+
+
+def test_an_epochs_line_that_is_longer_than_the_screen_is_broken_between_words():
+    from rich.console import Console
+
+    screen = Console(file=io.StringIO(), width=80, force_terminal=False, record=True)
+    summary = "top-1 error 89.50 %, top-5 39.50 %, training loss 2.324, top-1 91.41 %, 47 images/s, waiting for data 4 %"
+    TerminalDisplay(Tally(3, 20, clock=ticking(30.0)), screen).epoch_done(1, summary)
+    lines = screen.export_text().splitlines()
+    assert max(map(len, lines)) <= 80 and " ".join(line.rstrip() for line in lines) == f"epoch 1/3  {summary}"
 
 
 def test_evaluation_is_shown_where_the_steps_were():
@@ -218,7 +241,7 @@ def test_the_best_error_is_that_of_the_run_to_resume_until_a_lower_one_comes():
     for error, best in ((41.0, 40.0), (float("nan"), 40.0), (39.5, 39.5)):
         tally.add_evaluation(error)
         assert tally.best_error == best
-    assert "validation best 39.50 %" in spell(tally.add(record(51, epoch=6)))
+    assert "val. best 39.50 %" in spell(tally.add(record(51, epoch=6)))
 
 
 def test_durations_have_two_units_at_most():
