@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 DECODER_OPTIONS = ":fancy_upsampling=1"
 # Of each preparer, for the parts that nvJPEG leaves to the host: there is a process for each core already.
 NUM_HOST_THREADS = 1
+# Pixels an output: torch's antialiased filter keeps its weights in a block's 48 KiB of shared memory, enough for 47.
+LARGEST_SCALE = 40.0
 
 
 class GpuPreparer:
@@ -97,6 +99,8 @@ class GpuPreparer:
             try:
                 pixels = self._to_tensor(image)
                 rows, columns = find_windows(*pixels.shape[:2])
+                if max(rows.scale, columns.scale) > LARGEST_SCALE:
+                    continue
                 part = pixels[rows.start : rows.stop, columns.start :]
                 squares[index] = resize(part, rows, columns, as_float=True)
             except torch.cuda.OutOfMemoryError:

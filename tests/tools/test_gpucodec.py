@@ -96,6 +96,16 @@ def test_on_photographs_both_ways_agree(real_images):
     assert min(decibels) >= RAW_FRACTION_DB and np.median(decibels) >= 54
 
 
+def test_a_picture_too_large_for_the_devices_filter_goes_to_the_cpu(monkeypatch):
+    monkeypatch.setattr(gpucodec, "LARGEST_SCALE", 2.0)  # 500x375 has 1.5 pixels an output, 1000x800 has 3.1
+    alone: list[bytes] = []
+    usual = gpucodec.try_prepare
+    monkeypatch.setattr(gpucodec, "try_prepare", lambda data, **options: alone.append(data) or usual(data, **options))
+    contents = in_order()
+    results = GpuPreparer(encoding="jpeg", quality=90, on_host=True)(contents)
+    assert alone == [contents[-1]] and all(isinstance(result, Prepared) for result in results)
+
+
 def test_what_the_codec_gives_back_undone_goes_to_the_cpu(monkeypatch):
     preparer = GpuPreparer(encoding="jpeg", quality=90, on_host=True)
     contents = in_order()[:4]
