@@ -145,7 +145,8 @@ class Bench:
                 difference = (one.images.cpu().float() - other.images).abs()
                 differences.append(difference.mean().item())
                 largest = max(largest, difference.max().item())
-            mean = sum(differences) / len(differences) * (float(self.colors.std.mean()) if self.recipe.unit_variance else 1.0)
+            grey = float(self.colors.std.mean()) if self.recipe.unit_variance else 1.0
+            mean = grey * sum(differences) / len(differences)
             rows.append(
                 {
                     "way": name,

@@ -167,7 +167,9 @@ def test_an_epochs_line_that_is_longer_than_the_screen_is_broken_between_words()
     from rich.console import Console
 
     screen = Console(file=io.StringIO(), width=80, force_terminal=False, record=True)
-    summary = "top-1 error 89.50 %, top-5 39.50 %, training loss 2.324, top-1 91.41 %, 47 images/s, waiting for data 4 %"
+    summary = (
+        "top-1 error 89.50 %, top-5 39.50 %, training loss 2.324, top-1 91.41 %, 47 images/s, waiting for data 4 %"
+    )
     TerminalDisplay(Tally(3, 20, clock=ticking(30.0)), screen).epoch_done(1, summary)
     lines = screen.export_text().splitlines()
     assert max(map(len, lines)) <= 80 and " ".join(line.rstrip() for line in lines) == f"epoch 1/3  {summary}"
