@@ -16,11 +16,11 @@ from torch import Tensor
 from pipeline.assemble import Assemble, Batch, InFlight, make_assembler, run_ahead
 from pipeline.colorstats import ColorStats
 from pipeline.errors import UserError
-from pipeline.feeding import DecodeOption, check_ranks, count_threads, make_feed
+from pipeline.feeding import DecodeOption, check_kinds, check_ranks, count_threads, make_feed
 from pipeline.finish import CENTRE_PX, CROP_SIZE_PX, FIVE_OFFSETS_PX, Transform, Views
 from pipeline.graph import NUMBERS, Batches, Feed, eval_pipeline, read_number
 from pipeline.hostpixels import HostPixels
-from pipeline.manifest import IMAGE_SIZE_PX
+from pipeline.manifest import IMAGE_SIZE_PX, SPLITS
 from pipeline.shardset import ShardSet
 from pipeline.threads import Job, begin_all, start_threads
 
@@ -53,7 +53,10 @@ class EvalLoader:
         layout: str = "NCHW",
         num_threads: int | None = None,
     ) -> None:
+        check_kinds(shards, colors, batch_size=batch_size, rank=rank, world_size=world_size)
         check_ranks(rank, world_size)
+        if split not in SPLITS:
+            raise UserError(f"split {split!r}: expected {' or '.join(map(repr, SPLITS))}")
         if batch_size < 1:
             raise UserError(f"batch size {batch_size}: expected 1 or more")
         if crops not in ("centre", "ten"):

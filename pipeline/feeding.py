@@ -6,10 +6,12 @@ options do (graph.py, stored.py).
 """
 
 import os
+from numbers import Integral
 from typing import Literal
 
 import torch
 
+from pipeline.colorstats import ColorStats
 from pipeline.errors import UserError
 from pipeline.graph import Decode, Feed
 from pipeline.shardset import ShardSet
@@ -81,6 +83,17 @@ def _choose_decoder(
     if decode == "auto":
         return automatic if device == "gpu" else "host"
     return decode
+
+
+def check_kinds(shards: ShardSet, colors: ColorStats, **counts: int) -> None:
+    """Raises UserError for a folder's name in place of what is in it, and for `counts` that are no whole numbers."""
+    if not isinstance(shards, ShardSet):
+        raise UserError(f"shards is {shards!r}, expected a ShardSet: ShardSet.open({str(shards)!r})")
+    if not isinstance(colors, ColorStats):
+        raise UserError(f"colors is {colors!r}, expected ColorStats: ColorStats.load(shards.root, shards.fingerprint)")
+    for name, count in counts.items():
+        if not isinstance(count, Integral):
+            raise UserError(f"{name} is {count!r}, expected a whole number")
 
 
 def check_ranks(rank: int, world_size: int) -> None:

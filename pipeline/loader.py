@@ -24,6 +24,7 @@ from pipeline.evalloader import EvalLoader, read_pixels
 from pipeline.feeding import (
     DecodeOption,
     check_global_batch,
+    check_kinds,
     check_ranks,
     count_local_ranks,
     count_threads,
@@ -116,6 +117,7 @@ class TrainLoader:
         prefetch_batches: int = 2,
         with_draws: bool = False,
     ) -> None:
+        check_kinds(shards, colors, global_batch_size=global_batch_size, rank=rank, world_size=world_size, seed=seed)
         check_ranks(rank, world_size)
         check_global_batch(shards, global_batch_size, world_size)
         if cache not in (None, "raw"):
@@ -242,18 +244,32 @@ class TrainLoader:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state` was taken. Raises UserError naming what differs, if this loader is not alike."""
-        saved = json.loads(state["signature"])
+        """Go on where `state` was taken. Raises UserError for what is no such state, and naming what differs, if this
+        loader is not alike; it then stays as it was."""
+        try:
+            saved = dict(json.loads(state["signature"]))
+            epoch, step, checkpoint = int(state["epoch"]), int(state["step"]), bytes.fromhex(state["dali"])
+            if epoch < 1 or not 0 <= step <= self._num_steps:
+                raise ValueError(f"step {step} of epoch {epoch}")
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(
+                f"not the state of a loader ({type(error).__name__}: {error}), expected what state_dict() gave; "
+                "resume from another checkpoint, or start a new run"
+            ) from error
         for name, here in self._signature.items():
             if saved.get(name) != here:
                 raise UserError(
                     f"the loader's state was saved with {name} {saved.get(name)}, this one has {here}; "
                     "resume with the same settings, or start a new run"
                 )
-        epoch, step = int(state["epoch"]), int(state["step"])
+        self._gate.wait(epoch, step)  # DALI reads its shuffle buffer again at once
+        try:
+            batches = self._start(checkpoint, step)
+        except RuntimeError as error:
+            raise UserError(
+                f"DALI cannot go on from the loader's state ({' '.join(str(error).split())[:200]}); resume from "
+                "another checkpoint, or start a new run"
+            ) from error
         while self._ahead:
             self._ahead.popleft().images.wait()  # they write to memory that is used again
-        self._gate.wait(epoch, step)  # DALI reads its shuffle buffer again at once
-        self._checkpoint = bytes.fromhex(state["dali"])
-        self._batches = self._start(self._checkpoint, step)
-        self.epoch, self._step = epoch, step
+        self._batches, self._checkpoint, self.epoch, self._step = batches, checkpoint, epoch, step

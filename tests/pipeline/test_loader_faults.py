@@ -13,7 +13,7 @@ import torch
 from pipeline import graph
 from pipeline.errors import UserError
 from pipeline.feeding import count_local_ranks, count_threads
-from pipeline.loader import read_pixels
+from pipeline.loader import EvalLoader, TrainLoader, read_pixels
 from pipeline.shardset import ShardSet
 from tests.pipeline.loading import NUM_TRAIN
 
@@ -29,6 +29,9 @@ DEADLINE_S = 60  # far beyond what an error takes
         ({"global_batch_size": -8}, "global batch size -8: expected a positive"),
         ({"global_batch_size": 9, "world_size": 2}, "global batch size 9: expected a positive multiple of the 2 ranks"),
         ({"global_batch_size": 65}, "64 training images, fewer than one global batch of 65; set --global-batch-size"),
+        ({"global_batch_size": 8.0}, "global_batch_size is 8.0, expected a whole number"),
+        ({"seed": "1"}, "seed is '1', expected a whole number"),
+        ({"shards": "shards"}, r"shards is 'shards', expected a ShardSet: ShardSet.open\('shards'\)"),
         ({"rank": 2, "world_size": 2}, "rank 2 of 2"),
         ({"rank": -1, "world_size": 2}, "rank -1 of 2"),
         ({"world_size": 0}, "rank 0 of 0"),
@@ -53,6 +56,9 @@ def test_training_arguments_that_do_not_fit_are_refused(make_train, options, mes
     ("options", "message"),
     [
         ({"batch_size": 0}, "batch size 0: expected 1 or more"),
+        ({"batch_size": "3"}, "batch_size is '3', expected a whole number"),
+        ({"split": "test"}, "split 'test': expected 'train' or 'val'"),
+        ({"shards": Path("shards")}, r"expected a ShardSet: ShardSet.open\('shards'\)"),
         ({"rank": 3, "world_size": 3}, "rank 3 of 3"),
         ({"crops": "five"}, "crops 'five': expected 'centre' or 'ten'"),
         ({"device": "tpu"}, "device 'tpu': expected 'cpu' or 'gpu'"),
@@ -62,6 +68,12 @@ def test_training_arguments_that_do_not_fit_are_refused(make_train, options, mes
 def test_evaluation_arguments_that_do_not_fit_are_refused(make_eval, options, message):
     with pytest.raises(UserError, match=message):
         make_eval(**options)
+
+
+def test_a_folder_in_place_of_its_colours_is_refused(shards):
+    for loader in (TrainLoader, EvalLoader):
+        with pytest.raises(UserError, match=r"expected ColorStats: ColorStats.load\(shards.root, shards.fingerprint\)"):
+            loader(shards, str(shards.root))
 
 
 def test_a_decoder_for_raw_shards_is_refused(make_train, make_eval, raw_shards):

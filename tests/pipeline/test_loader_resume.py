@@ -157,6 +157,28 @@ def test_a_state_of_another_run_is_refused_by_what_differs(make_train, name, opt
     assert (other.epoch, other.step, len(list(other))) == (1, 0, len(other))  # and the loader is as it was
 
 
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ({"signature": "x"}, "not the state of a loader .JSONDecodeError: Expecting value"),
+        ({"signature": "3"}, "not the state of a loader .TypeError"),
+        ({"dali": "zz"}, "not the state of a loader .ValueError: non-hexadecimal"),
+        ({"dali": "00"}, "DALI cannot go on from the loader's state .*; resume from another checkpoint"),
+        ({"step": 9}, "not the state of a loader .ValueError: step 9 of epoch 1.*expected what state_dict.. gave"),
+        ({"epoch": 0}, "not the state of a loader .ValueError: step 0 of epoch 0"),
+    ],
+)
+def test_what_is_no_state_is_refused_and_the_loader_goes_on_as_it_was(make_train, damage, message):
+    loader, undisturbed = make_train(), make_train()
+    state = loader.state_dict()
+    for each in (loader, undisturbed):
+        advance(each, 3)
+    for other in ({**state, **damage}, {}, None):
+        with pytest.raises(UserError, match=message if other and damage else "not the state of a loader"):
+            loader.load_state_dict(other)
+    assert record(loader) == record(undisturbed)
+
+
 @pytest.mark.parametrize("name", ["DALI version", "graph", "device"])
 def test_a_state_of_another_dali_graph_or_device_is_refused(make_train, name):
     loader = make_train()
