@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pipeline import console
+from pipeline.errors import UserError
 
 if TYPE_CHECKING:
     from tools.verify import Report
@@ -20,6 +21,16 @@ _shards = click.option("--shards", default=DEFAULT_SHARDS, envvar=SHARDS_VARIABL
                        help="Folder of shards to look at.")  # fmt: skip
 
 
+def _check_local(shards: str) -> str:
+    """Raises UserError for a URL: of what is behind one, only what training needs is ever fetched."""
+    if "://" in shards:
+        raise UserError(
+            f"{shards}: is a URL, expected a folder on a disk here; copy all its files into one, records included, and "
+            "name that with --shards"
+        )
+    return shards
+
+
 @click.command(cls=console.Command)
 @_shards
 @click.option("--json", "as_json", is_flag=True, help="Print the facts as one JSON object.")
@@ -27,7 +38,7 @@ def info(shards: str, as_json: bool) -> None:
     """Tell what is in a folder of shards, without reading the images."""
     from tools.info import describe
 
-    facts = describe(shards)
+    facts = describe(_check_local(shards))
     if as_json:
         console.print_json(facts)
     else:
@@ -89,7 +100,7 @@ def verify(context: click.Context, shards: str, decode: bool, workers: int | Non
     from tools.engines import count_cpus
     from tools.verify import verify as run_verify
 
-    report = run_verify(shards, num_workers=workers or count_cpus(), decode=decode)
+    report = run_verify(_check_local(shards), num_workers=workers or count_cpus(), decode=decode)
     for remark in report.remarks:
         console.note(f"{shards}: {remark}")
     if as_json:
@@ -154,7 +165,6 @@ def preview(shards: str, out: str, num_samples: int, split: str, seed: int) -> N
     from pathlib import Path
 
     from pipeline.colorstats import ColorStats
-    from pipeline.errors import UserError
     from pipeline.shardset import ShardSet
 
     path = Path(out)

@@ -85,6 +85,12 @@ def test_preview_writes_a_png_where_it_is_told(folder, tmp_path):
         assert image.format == "PNG"
 
 
+@pytest.mark.parametrize("command", ["info", "verify"])
+def test_a_url_is_called_one_and_not_a_folder_that_is_missing(command):
+    error = prep(command, "--shards", "s3://bucket/shards", status=1).stderr
+    assert error.startswith("error: s3://bucket/shards: is a URL, expected a folder on a disk here; copy all its files")
+
+
 def test_bad_input_is_one_line_and_writes_nothing(folder, tmp_path):
     (folder / "color.json").unlink()
     out = tmp_path / "out.png"
