@@ -100,7 +100,7 @@ def training_errors_figure(runs: Mapping[str, Sequence[Record]]) -> "Figure":
         axes.set(xlabel="epochs", ylabel="training error (top-1, %)", ylim=(0, 102))
         axes.set_xlim(left=0)
         if curves:
-            axes.legend(loc="upper right")
+            axes.legend(loc="best")
     return figure
 
 
@@ -129,12 +129,13 @@ def overfitting_figure(runs: Mapping[str, Sequence[Record]]) -> "Figure":
                     [epoch for epoch, _ in known], [value for _, value in known], color=VERMILION, linestyle=DASHES[1],
                     marker="s", markersize=4, label="validation",
                 )  # fmt: skip
-                axes.set_ylim(bottom=0)
                 if column == 0:
                     axes.set_ylabel(unit)
             panels[0][column].set_title(shorten(label, _LABEL_LETTERS))
             panels[1][column].set_xlabel("epochs")
-            panels[0][column].legend(loc="upper right")
+            panels[0][column].legend(loc="best")
+        for axes in panels[:, 0]:  # when all runs are drawn: a limit that is set ends the search for the others
+            axes.set_ylim(bottom=0)
         panels[0][0].set_xlim(left=0)
         panels[0][0].xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure

@@ -88,6 +88,13 @@ def test_training_and_validation_stand_side_by_side_on_one_scale():
     assert panels[2].get_ylabel() == "loss (nats)"
 
 
+def test_a_later_run_that_is_higher_than_the_first_is_not_cut():
+    panels = overfitting_figure({"low": run([40.0, 20.0], [45.0]), "high": run([90.0, 80.0], [95.0])}).axes
+    for axes in panels:
+        bottom, top = axes.get_ylim()
+        assert bottom == 0 and all(max(line.get_ydata()) < top for line in lines(axes).values())
+
+
 @pytest.mark.parametrize("runs", [{}, {"a": []}, {"a": run([50.0])}, {f"r{n}": run([90.0, 50.0]) for n in range(7)}])
 def test_any_number_of_runs_of_any_length_can_be_drawn(tmp_path, runs):
     plot_training_errors(runs, tmp_path / "one.png")

@@ -73,6 +73,15 @@ def test_no_size_scrolls_sideways_and_every_picture_is_shown(visit, page_file, s
     assert (corner < 64) == (scheme == "dark")
 
 
+def test_on_paper_nothing_is_cut_at_the_edge(visit, page_file):
+    page = visit(page_file)
+    page.set_viewport_size({"width": 718, "height": 1000})  # A4 with the margins of a browser
+    page.emulate_media(media="print")
+    cut = "[...document.querySelectorAll('.wide, .near, pre')].filter(e => e.scrollWidth > e.clientWidth).length"
+    assert page.evaluate(cut) == 0
+    assert page.evaluate("document.documentElement.scrollWidth") <= 718
+
+
 def test_letters_on_a_phone_stay_large_enough_to_read(visit, page_file):
     page = visit(page_file, "phone")
     smallest = page.evaluate(
