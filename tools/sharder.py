@@ -43,7 +43,6 @@ from tools.shardwriter import Setup, Tick, write_unit
 from tools.sources import Source
 from tools.store import Store, open_store
 
-ENGINES = ("local", "ray")
 _PRELOAD = ("tools.shardwriter", "torch", "webdataset")
 
 

@@ -9,13 +9,12 @@ P = Krizhevsky, Sutskever & Hinton, NIPS 2012, with the section; S = the 2012 so
 
 import difflib
 import re
-import sys
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields, replace
-from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 from pipeline.errors import UserError
+from trainer.fieldtypes import describe, has_type, listed, parse, tupled
 
 
 @dataclass(frozen=True)
@@ -79,8 +78,8 @@ class Recipe:
     def __post_init__(self) -> None:
         for field, hint in _HINTS.items():
             value = getattr(self, field)
-            if not _has_type(value, hint):
-                raise _error(field, value, _describe(hint))
+            if not has_type(value, hint):
+                raise _error(field, value, describe(hint))
             if field in _LIMITS and value is not None and not _LIMITS[field][0](value):
                 raise _error(field, value, _LIMITS[field][1])
 
@@ -138,15 +137,15 @@ def override(recipe: Recipe, settings: Iterable[str]) -> Recipe:
             known = f"did you mean {' or '.join(close)}?" if close else f"expected one of {', '.join(_HINTS)}"
             raise UserError(f"recipe field {field!r} does not exist; {known}")
         try:
-            changes[field] = _parse(text, _HINTS[field])
+            changes[field] = parse(text, _HINTS[field])
         except ValueError:
-            raise _error(field, text, _describe(_HINTS[field])) from None
+            raise _error(field, text, describe(_HINTS[field])) from None
     return replace(recipe, **changes)
 
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:
     """Every field as JSON holds it (tuples as lists); `from_dict` is its exact inverse."""
-    return {field: _listed(value) for field, value in asdict(recipe).items()}
+    return {field: listed(value) for field, value in asdict(recipe).items()}
 
 
 def from_dict(values: dict[str, Any]) -> Recipe:
@@ -160,7 +159,7 @@ def from_dict(values: dict[str, Any]) -> Recipe:
     if unknown or missing:
         faults = [f"{kind} {', '.join(map(str, n))}" for kind, n in (("unknown", unknown), ("missing", missing)) if n]
         raise UserError(f"recipe: got fields {' and '.join(faults)}, expected those of this version of alexnet-dali")
-    return Recipe(**{field: _tupled(value) for field, value in values.items()})
+    return Recipe(**{field: tupled(value) for field, value in values.items()})
 
 
 # Fields that the first runs do not have in their files, as they were then.
@@ -174,66 +173,6 @@ _CAME_LATER: dict[str, Any] = {
 
 def _error(field: str, got: object, expected: str) -> UserError:
     return UserError(f"recipe field {field}: got {got!r}, expected {expected}")
-
-
-def _options(hint: Any) -> tuple[Any, ...]:
-    """The members of a union, else the hint alone."""
-    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-
-
-def _has_type(value: object, hint: Any) -> bool:
-    if len(_options(hint)) > 1:
-        return any(_has_type(value, option) for option in _options(hint))
-    if get_origin(hint) is Literal:
-        return any(type(value) is type(choice) and value == choice for choice in get_args(hint))
-    if get_origin(hint) is tuple:
-        items = get_args(hint)
-        if not isinstance(value, tuple):
-            return False
-        if items[-1] is Ellipsis:
-            return all(_has_type(item, items[0]) for item in value)
-        return len(value) == len(items) and all(map(_has_type, value, items))
-    if hint is float:
-        return type(value) in (int, float) and abs(value) <= sys.float_info.max  # type: ignore[arg-type]
-    return type(value) is hint  # so that True is no int
-
-
-def _parse(text: str, hint: Any) -> Any:
-    """The value of one type that the text spells; raises ValueError. Ranges are the Recipe's own check."""
-    options = _options(hint)
-    if NoneType in options:
-        return None if text.lower() == "none" else _parse(text, options[0])
-    if get_origin(hint) is Literal:
-        return next((choice for choice in get_args(hint) if str(choice) == text), text)
-    if get_origin(hint) is tuple:
-        items = get_args(hint)
-        if items[-1] is Ellipsis:
-            return () if text.lower() in ("", "none") else tuple(_parse(item, items[0]) for item in text.split(","))
-        return tuple(_parse(item, kind) for item, kind in zip(text.split(":"), items, strict=True))
-    if hint is bool:
-        return {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}.get(text.lower(), text)
-    return hint(text)
-
-
-def _describe(hint: Any) -> str:
-    """What a field takes, in words."""
-    if len(_options(hint)) > 1:
-        return " or ".join(_describe(option) for option in _options(hint))
-    if get_origin(hint) is Literal:
-        return " or ".join(str(choice) for choice in get_args(hint))
-    if get_origin(hint) is tuple:
-        pairs = get_origin(get_args(hint)[0]) is tuple
-        return "epoch:rate pairs with commas between" if pairs else "whole numbers with commas between"
-    names = {bool: "true or false", int: "a whole number", float: "a finite number", str: "a name", NoneType: "none"}
-    return names[hint]
-
-
-def _listed(value: Any) -> Any:
-    return [_listed(item) for item in value] if isinstance(value, tuple) else value
-
-
-def _tupled(value: Any) -> Any:
-    return tuple(_tupled(item) for item in value) if isinstance(value, list) else value
 
 
 _PAPER = Recipe()
