@@ -128,7 +128,12 @@ class ColorStats:
 
     @classmethod
     def load(cls, folder: str | Path, shards_fingerprint: str) -> "ColorStats":
-        """The statistics in `folder`. Raises UserError if missing, damaged, or computed on other shards."""
+        """The statistics in `folder`, for any set of shards its `root`. Raises UserError if missing, damaged, or
+        computed on other shards."""
+        if "://" in str(folder):
+            raise UserError(
+                f"{folder}: is a URL, expected the folder that holds its files here: ShardSet.open(...).root"
+            )
         folder = Path(folder)
         path, remedy = folder / COLOR_FILE, f"run `alexnet-prep pca --shards {folder}`"
         if not path.is_file():

@@ -88,6 +88,11 @@ def test_statistics_of_other_shards_are_refused(stats, tmp_path):
         ColorStats.load(tmp_path, "0" * 64)
 
 
+def test_a_url_is_called_one_and_not_a_folder_without_statistics():
+    with pytest.raises(UserError, match=r"^s3://bucket/x: is a URL, expected .*: ShardSet.open\(...\).root"):
+        ColorStats.load("s3://bucket/x", "fingerprint")
+
+
 def test_missing_statistics_name_the_command_that_makes_them(tmp_path):
     with pytest.raises(UserError, match=r"color\.json: missing; run `alexnet-prep pca --shards "):
         ColorStats.load(tmp_path, "f")
