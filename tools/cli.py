@@ -168,7 +168,7 @@ def shard(
 
 def _print_summary(out: str, summary: "Summary") -> None:
     if summary.was_complete:
-        console.say(f"{out}: already complete, left as it is (--force makes it again)")
+        console.say(f"{out}: already complete by the names of its images, left as it is (--force makes it again)")
     rows = [[split, f"{num_images:,}", f"{summary.shards[split]:,}"] for split, num_images in summary.images.items()]
     console.print_table(f"{out}", ["split", "images", "shards"], rows)
     console.say(f"{summary.num_bytes / 1e6:,.1f} MB in tars, {_count_failures(out, summary)}")

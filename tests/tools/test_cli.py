@@ -95,7 +95,10 @@ def test_the_output_folder_may_come_from_the_environment(synth_tree, tmp_path):
 def test_a_finished_output_is_left_alone_and_said_to_be_complete(shard_dir, synth_tree, tmp_path):
     out = shutil.copytree(shard_dir, tmp_path / "out")
     done = prep("shard", synth_tree, "--out", out, "--samples-per-shard", 16)
-    assert done.stdout.splitlines()[0] == f"{out}: already complete, left as it is (--force makes it again)"
+    assert (
+        done.stdout.splitlines()[0]
+        == f"{out}: already complete by the names of its images, left as it is (--force makes it again)"
+    )
     assert_one_line_error(prep("shard", synth_tree, "--out", out, status=1), "holds shards of another job", "--force")
 
 

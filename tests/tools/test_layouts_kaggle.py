@@ -31,6 +31,16 @@ def test_labels_and_names_come_from_the_lists(tmp_path):
     assert source.read(source.entries("val")[0]) == b"val/v_1.JPEG"
 
 
+def test_lists_that_windows_has_saved_are_read(tmp_path):
+    root = make_kaggle(tmp_path, mapping="n1 one\nn2 two\n")
+    for name in ("LOC_val_solution.csv", "LOC_synset_mapping.txt"):
+        path = root / name
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+    source = open_source(root)
+    assert [entry.label for entry in source.entries("val")] == [1, 0]
+    assert [(c.wnid, c.name) for c in source.classes] == [("n1", "one"), ("n2", "two")]
+
+
 @pytest.mark.parametrize("inside", ["", "ILSVRC", "ILSVRC/Data", CLS_LOC])
 def test_it_is_found_from_each_of_its_folders_and_from_the_one_above(synth_tree, tmp_path, inside):
     root = build_kaggle(synth_tree, tmp_path / "imagenet")

@@ -104,6 +104,12 @@ def test_a_subset_keeps_its_classes_only_in_every_layout(synth_tree, tmp_path, l
     assert any(f"2 classes of {names}; 44 images of other classes not used" in remark for remark in source.remarks)
 
 
+def test_a_subset_that_windows_has_saved_is_read(tmp_path):
+    tree = fill(tmp_path / "tree", "train/a/1.JPEG", "train/b/1.JPEG")
+    (tmp_path / "names").write_bytes(b"\xef\xbb\xbfb\r\n")
+    assert [c.wnid for c in open_source(tree, subset=tmp_path / "names").classes] == ["b"]
+
+
 def test_a_class_name_with_spaces_or_a_hash_may_be_in_a_subset(tmp_path):
     tree = fill(tmp_path / "tree", "train/tench fish/1.JPEG", "train/tench/1.JPEG", "train/c#/1.JPEG")
     (tmp_path / "names").write_text("tench fish\nc#\n")

@@ -87,7 +87,7 @@ def read_solution(path: Path) -> dict[str, str]:
     """Wnid by image id, from rows "ILSVRC2012_val_00048981,n03995372 85 1 499 272"; all boxes of an image agree."""
     wnids: dict[str, str] = {}
     try:
-        with path.open(encoding="utf-8", newline="") as file:
+        with path.open(encoding="utf-8-sig", newline="") as file:
             rows = csv.reader(file)
             header = next(rows, [])
             if header[:2] != ["ImageId", "PredictionString"]:
@@ -111,7 +111,7 @@ def read_solution(path: Path) -> dict[str, str]:
 def read_mapping(path: Path) -> dict[str, str]:
     """Name by wnid, from lines "n01440764 tench, Tinca tinca"."""
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text; fetch it again") from error
     for number, line in enumerate(lines, start=1):

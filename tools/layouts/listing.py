@@ -108,7 +108,7 @@ def pick_classes(listing: Listing, subset: Path) -> None:
     """Keep the images of the classes that the file lists: one a line, `#` before a comment. Raises UserError for names
     that `listing` does not have, or none at all."""
     try:
-        lines = subset.read_text(encoding="utf-8").splitlines()
+        lines = subset.read_text(encoding="utf-8-sig").splitlines()  # with the mark that Windows puts in front
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise UserError(f"{subset}: {reason}; expected a text file of wnids, one a line") from error
