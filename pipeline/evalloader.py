@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from pipeline.assemble import Assemble, Batch, InFlight, make_assembler, run_ahead
+from pipeline.batches import NUMBERS, Batches, read_number
 from pipeline.colorstats import ColorStats
 from pipeline.errors import UserError
 from pipeline.feeding import DecodeOption, check_kinds, check_ranks, count_threads, make_feed
 from pipeline.finish import CENTRE_PX, CROP_SIZE_PX, FIVE_OFFSETS_PX, Transform, Views
-from pipeline.graph import NUMBERS, Batches, Feed, eval_pipeline, read_number
+from pipeline.graph import Feed, eval_pipeline
 from pipeline.hostpixels import HostPixels
 from pipeline.manifest import IMAGE_SIZE_PX, SPLITS
 from pipeline.shardset import ShardSet

@@ -4,28 +4,24 @@ The decision that shaped it: a graph ends with uint8 pixels and the random draws
 function for every device (finish.py), so that graphs differ in one thing only, what they give of the pixels: decoded on
 the GPU, or there and on host cores at once; JPEGs as they are, for the host (hostpixels.py); or nothing, when pixels
 lie uncompressed in shards or in memory (stored.py). Every random operator has a seed of its own, so neither that choice
-nor switching one augmentation off changes the draws of the others. Left out: epochs, ranks, tensors and checkpoints
-(loader.py).
+nor switching one augmentation off changes the draws of the others. Left out: taking what a graph
+gives (batches.py); epochs, ranks and checkpoints (loader.py).
 """
 
 import hashlib
-import math
 import resource
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from pipeline.errors import UserError
 from pipeline.finish import CROP_SIZE_PX, MAX_OFFSET_PX, Transform
 from pipeline.indexfile import check_index, find_damage
-from pipeline.manifest import CLS_DIGITS, ENDINGS, IMAGE_SIZE_PX, KEY_DIGITS, MANIFEST
+from pipeline.manifest import CLS_DIGITS, ENDINGS, IMAGE_SIZE_PX, KEY_DIGITS
 from pipeline.shardset import ShardSet
-from pipeline.stored import SampleTable
 
 try:
     from nvidia.dali import fn, types
@@ -36,11 +32,8 @@ except ImportError as error:
     ) from error
 
 READER = "reader"
-NUMBERS = ["label", "key"]  # what every graph gives besides pixels
-DRAWN = ["y", "x", "flip", "noise"]  # and a training graph besides those
 MAX_BUFFERED_SAMPLES = 4096  # of about 25 KB each: 100 MB a rank
 _TYPICAL_SAMPLE_BYTES = 32768  # what DALI reserves per buffered sample; its default of 1 MiB would be gigabytes
-_LABEL_POWERS = 10 ** np.arange(CLS_DIGITS - 1, -1, -1)
 # Changed with every change to the operators that draw or read: a state of another graph cannot be gone on with.
 GRAPH_VERSION = 4
 
@@ -97,8 +90,8 @@ def train_pipeline(shards: ShardSet, transform: Transform, feed: Feed, *, checkp
     """Shuffled training samples with their draws, with checkpointing; from `checkpoint` on, where one is given.
 
     Outputs: label and key, ASCII digits uint8 (5,) and (9,); y and x, float32 (), the crop's place as a fraction of
-    the room there is; flip int32 (); noise float32 (3,), standard normal; see `read_draws`. And first of all, if the
-    graph decodes, that crop, not flipped: uint8 (224, 224, 3) on feed.device; if the host does, the JPEG's bytes.
+    the room there is; flip int32 (); noise float32 (3,), standard normal; batches.py reads them. And first of all, if
+    the graph decodes, that crop, not flipped: uint8 (224, 224, 3) on feed.device; if the host does, the JPEG's bytes.
     """
 
     def seed_of(stream: str) -> int:
@@ -140,107 +133,6 @@ def eval_pipeline(shards: ShardSet, feed: Feed, *, whole: bool) -> Pipeline:
         return *_decode(encoded, feed, None if whole else (0.5, 0.5)), label, key
 
     return _build(define, shards, feed)
-
-
-class Batches:
-    """The batches of a graph, endlessly, in DALI's own memory, handed over. It knows where its epoch ends.
-
-    Every rank's part of an epoch is padded to the same number of batches, which end with its padding.
-    """
-
-    def __init__(
-        self, pipeline: Pipeline, shards: ShardSet, feed: Feed, names: Sequence[str], *, num_taken: int = 0
-    ) -> None:
-        """`names` of the graph's outputs besides its image; `num_taken` before, in this epoch, by a restored graph."""
-        self._pipeline, self._shards, self._feed = pipeline, shards, feed
-        image = {"host": ["encoded"], "stored": []}.get(feed.decode, ["pixels"])
-        self._names = [*image, *names]
-        self._num_batches = math.ceil(math.ceil(shards.num_samples(feed.split) / feed.world_size) / feed.batch_size)
-        self._num_taken = num_taken
-        self._is_running = False
-
-    @property
-    def num_left(self) -> int:
-        """Batches of this epoch that are not taken yet."""
-        return self._num_batches - self._num_taken
-
-    def take(self) -> dict[str, Any]:
-        """The next batch's outputs by name: torch tensors (B, ...), but "encoded": DALI's list of JPEGs uint8 (bytes,).
-
-        Raises UserError that names the shard, or what finds it.
-        """
-        try:
-            if not self._is_running:  # not before anything is wanted: shards may still be on their way
-                self._pipeline.schedule_run()
-                self._is_running = True
-            outputs = self._pipeline.share_outputs()
-        except RuntimeError as error:
-            find_damage(self._shards, self._feed.split)
-            root = self._shards.root
-            raise UserError(
-                f"{root}: a {self._feed.split} sample cannot be read or decoded; find it with `alexnet-prep verify "
-                f"--decode --shards {root}`"
-            ) from error
-        self._pipeline.release_outputs()
-        self._pipeline.schedule_run()
-        self._num_taken += 1
-        taken = {
-            name: output if name == "encoded" else torch.from_dlpack(output.as_tensor())
-            for name, output in zip(self._names, outputs, strict=True)
-        }
-        self._check_labels(taken["label"], taken["key"])
-        return taken
-
-    def _check_labels(self, digits: Tensor, keys: Tensor) -> None:
-        """A label that no class has would be an error of the loss, on a GPU one that ends the process."""
-        values = digits.numpy() - np.uint8(ord("0"))  # NumPy: a fifth of torch's time for so few numbers
-        labels, num_classes = values @ _LABEL_POWERS, self._shards.num_classes
-        if values.max() > 9 or labels.max() >= num_classes:
-            at = int(((values > 9).any(axis=1) | (labels >= num_classes)).nonzero()[0][0])
-            key, said = int(read_number(keys)[at]), bytes(digits[at].tolist())
-            shards = self._shards
-            raise UserError(
-                f"{SampleTable(shards, self._feed.split).find_tar(key)}: sample {key:0{KEY_DIGITS}d} has the label "
-                f"{said!r}, expected {CLS_DIGITS} digits, 0 to {num_classes - 1} (the classes of {MANIFEST}); list all "
-                f"such with `alexnet-prep verify --shards {shards.root}`, then make the shards again"
-            )
-
-    def finish_epoch(self) -> None:
-        """Read on to the end of the epoch, the only place where DALI can begin the next one."""
-        while self.num_left > 0:
-            self.take()
-        self._num_taken = 0
-
-    def checkpoint(self) -> bytes:
-        """The graph's state after the batches taken, for train_pipeline."""
-        return self._pipeline.checkpoint()
-
-
-class Drawn(NamedTuple):
-    """A batch's labels and keys int64 (B,), offset int32 (B, 2) as (y, x), flip int32 (B,), shift float32 (B, 3)."""
-
-    labels: Tensor
-    keys: Tensor
-    offset: Tensor
-    flip: Tensor
-    shift: Tensor
-
-
-def read_draws(outputs: Mapping[str, Tensor], basis: Tensor | None) -> Drawn:
-    """What a training graph's outputs say. `basis` (3, 3): of the colour shift (ColorStats.lighting_basis), or None.
-
-    For a batch at a time: as operators of the graph the same costs a tenth of the decoding.
-    """
-    offset = (torch.stack([outputs["y"], outputs["x"]], dim=-1) * MAX_OFFSET_PX).to(torch.int32)  # whole already
-    noise = outputs["noise"]
-    shift = torch.zeros_like(noise) if basis is None else (noise[:, None, :] * basis).sum(-1)
-    return Drawn(read_number(outputs["label"]), read_number(outputs["key"]), offset, outputs["flip"], shift)
-
-
-def read_number(digits: Tensor) -> Tensor:
-    """The numbers int64 (B,) that ASCII digits (B, n) spell."""
-    powers = torch.tensor([10**place for place in reversed(range(digits.shape[1]))])
-    return ((digits.to(torch.int64) - ord("0")) * powers).sum(-1)
 
 
 def _build(define: Callable[[], Any], shards: ShardSet, feed: Feed, **options: Any) -> Pipeline:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pipeline.assemble import Batch, InFlight, make_assembler
 from pipeline.balance import find_host_share
+from pipeline.batches import DRAWN, NUMBERS, Batches, Drawn, read_draws
 from pipeline.colorstats import ColorStats
 from pipeline.errors import UserError
 from pipeline.evalloader import EvalLoader, read_pixels
@@ -31,17 +32,7 @@ from pipeline.feeding import (
     make_feed,
 )
 from pipeline.finish import Transform, Views
-from pipeline.graph import (
-    DRAWN,
-    GRAPH_VERSION,
-    NUMBERS,
-    Batches,
-    Drawn,
-    count_buffered,
-    read_draws,
-    stream_seed,
-    train_pipeline,
-)
+from pipeline.graph import GRAPH_VERSION, count_buffered, stream_seed, train_pipeline
 from pipeline.manifest import KEY_DIGITS
 from pipeline.readahead import Gate, ShardOrder
 from pipeline.shardset import ShardSet
