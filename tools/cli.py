@@ -5,6 +5,8 @@ answers at once. Left out: the work itself; that is in the modules named in the 
 """
 
 import os
+import shutil
+import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -269,6 +271,7 @@ def doctor(shards: str, as_json: bool) -> int:
     Each line is ok, a warning or a problem with its remedy. Exits 1 if there is a problem; no GPU is a warning.
     """
     from tools.doctor import examine
+    from tools.verdicts import STATE_WIDTH, spell
 
     checks = examine(shards)
     num_problems = sum(check.state == "problem" for check in checks)
@@ -278,7 +281,8 @@ def doctor(shards: str, as_json: bool) -> int:
     width = max(len(check.name) for check in checks)
     colors = {"ok": "green", "warning": "yellow", "problem": "red"}
     for check in checks:
-        console.say(f"{click.style(f'{check.state:<7}', fg=colors[check.state])}  {check.name:<{width}}  {check.found}")
-        if check.remedy:
-            console.say(f"{'':<7}  {'':<{width}}  -> {check.remedy}")
+        first, *others = spell(check, width, shutil.get_terminal_size().columns if sys.stdout.isatty() else None)
+        console.say(click.style(first[:STATE_WIDTH], fg=colors[check.state]) + first[STATE_WIDTH:])
+        for line in others:
+            console.say(line)
     return min(num_problems, 1)

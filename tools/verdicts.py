@@ -5,6 +5,7 @@ tests. A problem is what keeps the product from working; a warning is what makes
 GPU may be. Left out: finding the facts (doctor.py, probes.py).
 """
 
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -16,6 +17,7 @@ State = Literal["ok", "warning", "problem"]
 # CUDA's major version -> oldest driver (NVIDIA, "CUDA Compatibility", minor version compatibility)
 OLDEST_DRIVER = {11: 450, 12: 525, 13: 580}
 DALI_CUDA = 12  # nvidia-dali-cuda120
+STATE_WIDTH = 7  # letters of the longest state
 _GIB = 1 << 30
 _LEAST_MEMORY_BYTES = 4 * _GIB  # the paper's network, its velocity and activations, a shuffle buffer, DALI's buffers
 _LEAST_SHM_BYTES = _GIB // 4  # NCCL's rings between a few GPUs; containers get 64 MiB unless told otherwise
@@ -34,6 +36,17 @@ class Check:
     state: State
     found: str
     remedy: str = ""
+
+
+def spell(check: Check, name_width: int, num_columns: int | None) -> list[str]:
+    """The lines for a check, broken between words for a terminal of `num_columns`; None: never broken."""
+    start = f"{check.state:<{STATE_WIDTH}}  {check.name:<{name_width}}  "
+    room = num_columns and max(num_columns - len(start), 20)
+    lines = []
+    for text in filter(None, (check.found, check.remedy and f"-> {check.remedy}")):
+        parts = textwrap.wrap(text, room, break_long_words=False, break_on_hyphens=False) if room else [text]
+        lines += [(" " * len(start) if lines or number else start) + part for number, part in enumerate(parts)]
+    return lines or [start]
 
 
 def judge(facts: Facts) -> Iterator[Check]:

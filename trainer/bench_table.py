@@ -35,7 +35,7 @@ def _optional(result: dict[str, Any]) -> list[str]:
         words += [
             f"{result['encoding']} shards",
             f"decode {result['decode']}",
-            f"{result['num_threads']} threads a rank",
+            f"threads a rank {result['num_threads']}",
         ]
     return words
 

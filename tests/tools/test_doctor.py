@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from tools import diskspeed, doctor, probes
 from tools.cli import group
-from tools.verdicts import Check, judge
+from tools.verdicts import Check, judge, spell
 
 GIB = 1 << 30
 H100 = {"name": "NVIDIA H100", "memory_bytes": 80 * GIB, "compute_capability": "9.0"}
@@ -255,3 +255,15 @@ def test_the_lines_for_people_show_state_name_and_remedy(monkeypatch):
     done = CliRunner().invoke(group, ["doctor"], standalone_mode=False)
     assert done.return_value == 1
     assert done.stdout.splitlines() == ["ok       cpu     fast", "problem  driver  old", f"{'':17}-> update it"]
+
+
+def test_on_a_terminal_long_lines_are_broken_between_words_and_else_never():
+    found = "2.4.0, nvImageCodec 0.9.0 with jpeg_turbo, nvbmp, nvjpeg, nvjpeg2k, nvpnm, nvtiff, opencv, tiff"
+    remedy = "install the driver of NVIDIA that this CUDA needs: 580 or newer, and start the machine again"
+    check = Check("dali", "warning", found, remedy)
+    whole = spell(check, 17, None)
+    assert whole == [f"warning  {'dali':<17}  {found}", f"{'':28}-> {remedy}"]
+    broken = spell(check, 17, 80)
+    assert max(map(len, broken)) <= 80 and len(broken) == 4
+    assert " ".join(line[28:] for line in broken) == f"{found} -> {remedy}"
+    assert all(line.startswith(" " * 28) for line in broken[1:])
