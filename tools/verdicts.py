@@ -42,7 +42,7 @@ def spell(check: Check, name_width: int, num_columns: int | None) -> list[str]:
     """The lines for a check, broken between words for a terminal of `num_columns`; None: never broken."""
     start = f"{check.state:<{STATE_WIDTH}}  {check.name:<{name_width}}  "
     room = num_columns and max(num_columns - len(start), 20)
-    lines = []
+    lines: list[str] = []
     for text in filter(None, (check.found, check.remedy and f"-> {check.remedy}")):
         parts = textwrap.wrap(text, room, break_long_words=False, break_on_hyphens=False) if room else [text]
         lines += [(" " * len(start) if lines or number else start) + part for number, part in enumerate(parts)]
