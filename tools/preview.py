@@ -75,9 +75,8 @@ def draw_samples(
     """
     num_held = shards.num_samples(split)
     if num_samples > num_held:
-        raise UserError(
-            f"{shards.root}: {num_held} {split} images, {num_samples} asked for; set --samples lower, or another --split"
-        )
+        asked = f"{num_held} {split} images, {num_samples} asked for"
+        raise UserError(f"{shards.root}: {asked}; set --samples lower, or another --split")
     # The raw stream of a bit generator never changes between versions of NumPy.
     chosen = np.sort(np.argsort(np.random.PCG64(seed).random_raw(num_held), kind="stable")[:num_samples])
     with tempfile.TemporaryDirectory(prefix="alexnet-preview-") as folder:
