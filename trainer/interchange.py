@@ -222,7 +222,7 @@ def _finish(path: Path, layout: str, recipe: Recipe, state: dict[str, Tensor], c
 
 def _rename(name: str) -> str:
     layer, _, kind = name.rpartition(".")
-    return f"{_OWT_LAYERS.get(layer, layer)}.{kind}"
+    return f"{_OWT_LAYERS[layer]}.{kind}" if layer in _OWT_LAYERS else name
 
 
 def _width(path: Path, state: dict[str, Tensor]) -> float:

@@ -89,7 +89,7 @@ def complete(weights: Weights, shards: ShardSet) -> Weights:
 
 
 def check(weights: Weights) -> Weights:
-    """The same weights. Raises UserError naming the tensors that are missing, unknown or of another shape."""
+    """The same weights. Raises UserError naming tensors that are missing, unknown, of another shape, or no numbers."""
     state, source = weights.state, weights.source
     if not isinstance(state.get("fc8.bias"), Tensor) or state["fc8.bias"].dim() != 1 or not len(state["fc8.bias"]):
         raise UserError(f"{source}: no tensor fc8.bias of one number a class; expected the weights of an AlexNet")
@@ -99,6 +99,12 @@ def check(weights: Weights) -> Weights:
     broken = [name for name, tensor in state.items() if not tensor.is_floating_point()]
     if broken:
         raise UserError(f"{source}: {broken[0]} holds {state[broken[0]].dtype}, expected floating-point numbers")
+    diverged = [name for name, tensor in state.items() if not tensor.float().isfinite().all()]
+    if diverged:
+        raise UserError(
+            f"{source}: {diverged[0]} holds infinities or NaN, so the net says nothing: its training had diverged, or the "
+            "file is damaged; name an earlier checkpoint with --checkpoint, or another file"
+        )
     return weights
 
 

@@ -257,6 +257,11 @@ def broken_files(folder: Path) -> dict[str, tuple[bytes, str]]:
         ),
         "missing": (saved({n: t for n, t in good.items() if n != "features.6.bias"}), "no tensor conv3.bias"),
         "more": (saved({**good, "features.99.bias": torch.zeros(3)}), "unknown tensor 'features.99.bias'"),
+        "more, outside": (saved({**good, "extra": torch.zeros(3)}), "unknown tensor 'extra'"),
+        "no number": (
+            saved({**good, "features.6.bias": torch.full((24,), torch.nan, dtype=torch.float16)}),
+            "conv3.bias holds infinities or NaN",
+        ),
         "whole numbers": (saved({n: t.to(torch.int8) for n, t in good.items()}), "torch.int8, expected floating-point"),
         "no units": (saved({**good, "classifier.1.bias": torch.zeros(2, 2)}), "no bias of fc6"),
         "caffe": (zipped(**caffe | {"conv4_w": np.zeros((3, 3))}), "conv4.weight is 3 x 3, expected"),
