@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 from pipeline.colorstats import ColorStats  # noqa: E402
 from pipeline.errors import UserError  # noqa: E402
 from pipeline.files import write_atomic  # noqa: E402
-from pipeline.loader import EvalLoader, read_pixels  # noqa: E402
+from pipeline.loader import EvalLoader, TrainLoader, read_pixels  # noqa: E402
 from pipeline.shardset import ShardSet  # noqa: E402
 from trainer import checkpoint  # noqa: E402
 from trainer.drawing import BLUE, GREEN, GREY, ORANGE, VERMILION, style  # noqa: E402
@@ -76,7 +76,7 @@ def make(options: argparse.Namespace) -> dict[str, Any]:
         "mean": subtracting_the_mean(colors.mean, colors.covariance),
         "saturation": saturation(),
         "bits": bits(shards.num_classes, shards.num_samples("train"), label_counts(shards)),
-        "colour": colour_shifts(colors),
+        "colour": colour_shifts(colors) | {"rms_drawn": drawn_shifts(shards, colors)},
     }
     save(mean_figure(image, colors.mean_image, shards.num_samples("train")), out / "question-mean.png")
     save(saturation_figure(), out / "question-saturation.png")
@@ -213,6 +213,16 @@ def colour_shifts(colors: ColorStats) -> dict[str, Any]:
     share = colors.eigenvalues / colors.eigenvalues.sum()
     rms = {kind: np.sqrt((colors.lighting_basis(kind) ** 2).sum(axis=1)).tolist() for kind in ("paper", "original")}
     return {"share": share.tolist(), "eigenvectors": colors.eigenvectors.tolist(), "rms_shift": rms}
+
+
+def drawn_shifts(shards: ShardSet, colors: ColorStats) -> dict[str, list[float]]:
+    """The root-mean-square colour shift a channel, in grey levels, as the training loader drew it for one epoch."""
+    drawn = {}
+    for kind in ("paper", "original"):
+        loader = TrainLoader(shards, colors, global_batch_size=BATCH, lighting=kind, dtype="uint8", with_draws=True)
+        shifts = torch.cat([loader.draws.shift.clone() for _ in loader])
+        drawn[kind] = shifts.double().square().mean(0).sqrt().tolist()
+    return drawn
 
 
 def normalisation(relu: Tensor, scale: float) -> dict[str, float]:

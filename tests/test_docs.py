@@ -37,6 +37,15 @@ def test_every_row_of_the_paper_has_its_place_and_its_test():
     assert [row[0] for row in rows if len(row) != 6 or not row[4].strip() or not row[5].strip()] == []
 
 
+def test_the_errors_to_be_measured_against_are_those_that_commands_print():
+    from trainer.tables import PUBLISHED
+
+    text = (ROOT / "docs" / "paper.md").read_text().split("## What it is to be measured against")[1]
+    rows = [line.strip("|").split("|") for line in text.splitlines() if re.match(r"\| (?!run \|)", line)]
+    stated = [[float(number) for cell in cells for number in re.findall(r"[\d.]+", cell)] for _, _, *cells in rows]
+    assert sorted(stated) == sorted([error for error in errors if error is not None] for _, _, *errors in PUBLISHED)
+
+
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
 def test_every_link_leads_to_a_file_and_a_heading_that_exist(path: Path):
     assert find_broken_links(path) == []

@@ -147,6 +147,15 @@ def test_the_last_epoch_is_stated_beside_the_error_without_noise(figures, made, 
     assert found["dropout 0.5"]["lowest_validation_loss"] == 2.0
 
 
+def test_the_colour_noise_as_drawn_has_the_spread_that_the_eigenbasis_predicts(made):
+    """64 images, the root of a mean square known to about 9 % (three of these: 27 %)."""
+    colour = made[0]["colour"]
+    for kind in ("paper", "original"):
+        assert colour["rms_drawn"][kind] == pytest.approx(colour["rms_shift"][kind], rel=0.27)
+    ratio = np.divide(colour["rms_drawn"]["original"], colour["rms_drawn"]["paper"])
+    assert (ratio > 1.5).all()  # the two scales are told apart
+
+
 def test_wrong_arguments_are_told_in_a_line(ready_shards, tmp_path):
     for words, message in (
         (["--shards", tmp_path / "gone"], "gone: no such folder"),

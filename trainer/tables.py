@@ -50,6 +50,7 @@ PUBLISHED: tuple[tuple[str, str, float | None, float | None, float | None, float
     ("the paper, 1 CNN", _ILSVRC2012, None, None, 40.7, 18.2),
     ("the paper, 5 CNNs averaged", _ILSVRC2012, None, None, 38.1, 16.4),
     ("the 2012 source, net 145", _ILSVRC2012, None, None, 40.66, 18.21),
+    ("the 2012 source, epoch 135", _ILSVRC2012, None, None, 40.25, 17.99),
     ("Caffe's bvlc_alexnet", _ILSVRC2012, 42.9, 19.8, None, None),
     ("torchvision's alexnet", _ILSVRC2012, 43.48, 20.93, None, None),
     ("the paper, 1 CNN", "ILSVRC-2010 test", 39.0, 18.3, 37.5, 17.0),

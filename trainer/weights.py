@@ -102,8 +102,8 @@ def check(weights: Weights) -> Weights:
     diverged = [name for name, tensor in state.items() if not tensor.float().isfinite().all()]
     if diverged:
         raise UserError(
-            f"{source}: {diverged[0]} holds infinities or NaN, so the net says nothing: its training had diverged, or the "
-            "file is damaged; name an earlier checkpoint with --checkpoint, or another file"
+            f"{source}: {diverged[0]} holds infinities or NaN, so the net says nothing: its training had diverged, or "
+            "the file is damaged; name an earlier checkpoint with --checkpoint, or another file"
         )
     return weights
 

@@ -161,6 +161,7 @@ def test_the_papers_rows_stand_beside_results_on_the_papers_images_only():
     assert rows[:2] == [["mine", *["40.00"] * 4], ["5 CNNs averaged", *["38.00"] * 4]]
     assert ["the paper, 1 CNN", "", "", "40.7", "18.2"] in rows
     assert ["the paper, 5 CNNs averaged", "", "", "38.1", "16.4"] in rows
+    assert ["the 2012 source, epoch 135", "", "", "40.25", "17.99"] in rows
     assert len(list_errors([result], None, is_ilsvrc2012=False)) == 1
 
 

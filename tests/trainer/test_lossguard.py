@@ -171,6 +171,7 @@ def test_a_loss_at_guessing_for_long_is_told_once_with_the_rate():
     said = [stuck.watch(guessing + 0.05, 20, 0.01) for _ in range(249)]
     assert said == [None] * 249
     assert "5000 steps" in (line := stuck.watch(guessing, 20, 0.01)) and "--lr is 0.01" in line and "labels" in line
+    assert "--set init=he" in line and "--set hidden_bias=0.1" in line  # the commonest report, and Caffe's remedy
     assert [stuck.watch(guessing, 20, 0.01) for _ in range(300)] == [None] * 300
 
 
