@@ -118,6 +118,6 @@ class StuckLoss:
             f"for {self._stuck_steps} steps the loss has been that of guessing, ln({self._num_classes}) = "
             f"{self._guessing:.3f}; known causes: a rate too high, so that its ReLUs are dead (--lr is {lr:g}: try a "
             "tenth), or too low; weights of N(0, 0.01), which are for pixels of 0-255, on input of unit variance "
-            "(--set init=he); biases of 1, flat for thousands of steps (--set hidden_bias=0.1); labels that do not belong "
-            "to the images, or colours of other shards (alexnet-prep verify, preview)"
+            "(--set init=he); biases of 1, flat for thousands of steps (--set hidden_bias=0.1); labels that do not "
+            "belong to the images, or colours of other shards (alexnet-prep verify, preview)"
         )
