@@ -93,3 +93,21 @@ def test_the_kernels_compile_for_an_h100_where_there_is_none(monkeypatch, dtype,
         signature = {name: kinds.get(name, "fp32") for name in kernel.arg_names}
         source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
         assert "sm_90" in compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU is visible")
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2**-7)])
+def test_on_a_gpu_the_kernels_are_taken_and_give_what_the_cpu_gives(dtype, tolerance):
+    assert lrn.load_triton() is not None
+    generator = torch.Generator().manual_seed(0)
+    found = {}
+    for device in ("cpu", "cuda"):
+        generator.manual_seed(0)
+        x = (20.0 * torch.randn(4, 96, 27, 27, generator=generator)).to(device, dtype)
+        x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
+        out = lrn.local_response_norm(x, num_towers=2, relu=True)
+        out.backward(torch.randn(x.shape, generator=generator).to(device, dtype))
+        found[device] = out.detach().float().cpu(), x.grad.float().cpu()
+    for ours, theirs in zip(found["cuda"], found["cpu"], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
