@@ -164,7 +164,7 @@ def _read(shards: ShardSet, feed: Feed, **options: Any) -> tuple[DataNode, DataN
     Pixels that lie uncompressed are left in their tars: the reader would copy them, and its shuffle buffer hold them.
     """
     stored = feed.decode == "stored"
-    _allow_open_files(len(shards.tars(feed.split)))
+    _allow_open_files(len(shards.tars(feed.split)) * (2 if stored else 1))
     read = fn.readers.webdataset(
         name=READER,
         paths=[str(path) for path in shards.tars(feed.split)],
@@ -184,7 +184,8 @@ def _read(shards: ShardSet, feed: Feed, **options: Any) -> tuple[DataNode, DataN
 
 
 def _allow_open_files(num_files: int) -> None:
-    """The reader holds every tar of its split open; ImageNet-21k has more of them than the usual limit of 1024."""
+    """The reader holds every tar of its split open, and so does who reads stored pixels (stored.py); ImageNet-21k has
+    more of them than the usual limit of 1024."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = soft + num_files
     if hard != resource.RLIM_INFINITY:

@@ -1,5 +1,6 @@
 """What loaders refuse, and what they do with shards that are damaged while they read."""
 
+import gc
 import json
 import signal
 import subprocess
@@ -233,3 +234,20 @@ def test_many_shards_raise_the_limit_of_open_files(monkeypatch):
     for num_files in (10, 2000, 9000):
         graph._allow_open_files(num_files)
     assert limits == [(3024, 4096), (4096, 4096)]
+
+
+@pytest.mark.parametrize("options", [{}, {"cache": "raw"}], ids=str)
+def test_stored_pixels_are_given_open_files_of_their_own(monkeypatch, make_train, shards, raw_shards, options):
+    """A graph reads the labels of every tar, and beside it the pixels are read by their offsets."""
+    limits = []
+    monkeypatch.setattr("resource.getrlimit", lambda _: (4, 4096))
+    monkeypatch.setattr("resource.setrlimit", lambda _, wanted: limits.append(wanted))
+    gc.collect()  # loaders of other tests
+    before = count_open_tars()
+    loader = make_train(shards=shards if options else raw_shards, **options)
+    list(loader)
+    assert limits == [(4 + count_open_tars() - before, 4096)]
+
+
+def count_open_tars() -> int:
+    return sum(".tar" in link.readlink().name for link in Path("/proc/self/fd").iterdir() if link.is_symlink())
