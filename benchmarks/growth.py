@@ -3,16 +3,13 @@
     python benchmarks/growth.py --json growth.json              # some minutes
     python benchmarks/growth.py --samples 1000 --classes 10 --ranks 1 --skip start,epochs --quick
 
-Every line is a process of its own. Shards are one real tar of up to 5,000 samples (flat 256x256 pictures) under as many
-names as it takes, as links, with an index each: what is read at the start (manifest, indices) has its full size, what
-is read later does not exist twice. cpu_s is processor time, which other work on the machine hardly changes. The
+Every line is a process of its own. cpu_s is processor time, which other work on the machine hardly changes. The
 decision that shaped it: the time to the first step is taken in the real command, from the moment it is started. Left
-out: throughput (feed.py, step.py), real ranks (`alexnet-bench`).
+out: the shards (growth_data.py), throughput (feed.py, step.py), real ranks (`alexnet-bench`).
 """
 
 import argparse
 import contextlib
-import io
 import itertools
 import json
 import os
@@ -20,19 +17,16 @@ import re
 import shutil
 import subprocess
 import sys
-import tarfile
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from growth_data import make_shards
 from machine import choose_cpus, describe_machine
-from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
-SAMPLES_PER_SHARD, NUM_PICTURES, SIZE_PX = 5000, 16, 256
 IMAGENET, EVAL_SHARE = 1_300_000, 0.039  # 50,000 validation images to 1.28 million
 PARTS = ("samples", "classes", "ranks", "start", "epochs")
 
@@ -251,70 +245,6 @@ def memory_mib() -> float:
     match = re.search(r"VmHWM:\s+(\d+) kB", status)
     assert match is not None
     return int(match[1]) / 1024
-
-
-# Shards that are small on disk.
-
-
-def make_shards(folder: Path, num_samples: int, num_classes: int, num_val: int) -> None:
-    """A folder of shards, complete but for the truth of its checksums: nothing here reads the data to check them."""
-    from pipeline.colorstats import ColorStats
-    from pipeline.files import write_json
-    from pipeline.manifest import MANIFEST, SCHEMA, ClassEntry, Manifest, Shard
-    from pipeline.shardset import ShardSet
-
-    folder.mkdir(parents=True)
-    shards = []
-    for split, total in (("train", num_samples), ("val", num_val)):
-        whole, rest = divmod(total, SAMPLES_PER_SHARD)
-        real: dict[int, Path] = {}
-        for number, size in enumerate([SAMPLES_PER_SHARD] * whole + [rest] * bool(rest)):
-            tar = folder / f"{split}-{number:06d}.tar"
-            if size in real:
-                for ending in (".tar", ".idx"):
-                    os.link(real[size].with_suffix(ending), tar.with_suffix(ending))
-            else:
-                real[size] = write_tar(tar, size, num_classes)
-            shards.append(Shard(tar.name, split, size, tar.stat().st_size, f"{number:064x}"))
-    manifest = Manifest(
-        schema=SCHEMA,
-        created_by="benchmarks/growth.py",
-        layout="folder",
-        seed=0,
-        size_px=SIZE_PX,
-        encoding="jpeg",
-        quality=90,
-        samples_per_shard=SAMPLES_PER_SHARD,
-        classes=tuple(ClassEntry(i, f"n{i:08d}", f"class {i}") for i in range(num_classes)),
-        shards=tuple(shards),
-        totals={"train": num_samples, "val": num_val},
-        job="0" * 64,
-    )
-    write_json(folder / MANIFEST, manifest.to_json())
-    image = np.full((SIZE_PX, SIZE_PX, 3), 127.0, np.float32)
-    fingerprint = ShardSet.open(folder).fingerprint
-    ColorStats.from_moments(np.full(3, 127.0), np.eye(3) * 4000, image, 1 << 20, fingerprint).save(folder)
-
-
-def write_tar(path: Path, num_samples: int, num_classes: int) -> Path:
-    pictures = []
-    for grey in np.linspace(20, 235, NUM_PICTURES).astype(np.uint8):
-        file = io.BytesIO()
-        Image.new("RGB", (SIZE_PX, SIZE_PX), (int(grey),) * 3).save(file, "JPEG", quality=90)
-        pictures.append(file.getvalue())
-    rows = [f"v1.2 {num_samples}"]
-    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
-        for number in range(num_samples):
-            row = []
-            label = b"%05d" % (number % num_classes)
-            for ending, data in (("jpg", pictures[number % NUM_PICTURES]), ("cls", label)):
-                member = tarfile.TarInfo(f"{number:09d}.{ending}")
-                member.size = len(data)
-                row.append(f"{ending} {tar.offset + tarfile.BLOCKSIZE} {len(data)} {member.name}")
-                tar.addfile(member, io.BytesIO(data))
-            rows.append(" ".join(row))
-    path.with_suffix(".idx").write_text("\n".join([*rows, ""]), encoding="ascii")
-    return path
 
 
 if __name__ == "__main__":
