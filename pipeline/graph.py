@@ -12,6 +12,7 @@ import hashlib
 import resource
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -34,6 +35,7 @@ except ImportError as error:
 READER = "reader"
 MAX_BUFFERED_SAMPLES = 4096  # of about 25 KB each: 100 MB a rank
 _TYPICAL_SAMPLE_BYTES = 32768  # what DALI reserves per buffered sample; its default of 1 MiB would be gigabytes
+_OTHER_OPEN_FILES = 64  # libraries, logs, and what a shell hands on
 # Changed with every change to the operators that draw or read: a state of another graph cannot be gone on with.
 GRAPH_VERSION = 4
 
@@ -164,7 +166,7 @@ def _read(shards: ShardSet, feed: Feed, **options: Any) -> tuple[DataNode, DataN
     Pixels that lie uncompressed are left in their tars: the reader would copy them, and its shuffle buffer hold them.
     """
     stored = feed.decode == "stored"
-    _allow_open_files(len(shards.tars(feed.split)) * (2 if stored else 1))
+    _allow_open_files(shards.root, len(shards.tars(feed.split)) * (2 if stored else 1))
     read = fn.readers.webdataset(
         name=READER,
         paths=[str(path) for path in shards.tars(feed.split)],
@@ -183,13 +185,18 @@ def _read(shards: ShardSet, feed: Feed, **options: Any) -> tuple[DataNode, DataN
     return encoded, digits, source[-KEY_DIGITS - 4 : -4]
 
 
-def _allow_open_files(num_files: int) -> None:
+def _allow_open_files(root: Path, num_files: int) -> None:
     """The reader holds every tar of its split open, and so does who reads stored pixels (stored.py); ImageNet-21k has
-    more of them than the usual limit of 1024."""
+    more of them than the usual limit of 1024. Raises UserError where the limit cannot be raised far enough."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = soft + num_files
     if hard != resource.RLIM_INFINITY:
         wanted = min(wanted, hard)
+        if num_files > hard - _OTHER_OPEN_FILES:
+            raise UserError(
+                f"{root}: {num_files} files have to be open at once, this process may open {hard} (ulimit -Hn); raise "
+                "that limit, or make the shards again with more --samples-per-shard"
+            )
     if soft not in (resource.RLIM_INFINITY, wanted) and num_files > soft // 4:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 

@@ -231,9 +231,15 @@ def test_many_shards_raise_the_limit_of_open_files(monkeypatch):
     limits = []
     monkeypatch.setattr("resource.getrlimit", lambda _: (1024, 4096))
     monkeypatch.setattr("resource.setrlimit", lambda _, wanted: limits.append(wanted))
-    for num_files in (10, 2000, 9000):
-        graph._allow_open_files(num_files)
+    for num_files in (10, 2000, 4000):
+        graph._allow_open_files(Path("shards"), num_files)
     assert limits == [(3024, 4096), (4096, 4096)]
+
+
+def test_more_shards_than_files_may_be_open_are_refused_with_the_limit(monkeypatch, make_train, shards):
+    monkeypatch.setattr("resource.getrlimit", lambda _: (64, 64))
+    with pytest.raises(UserError, match=f"{shards.root}: 4 files have to be open at once, this process may open 64"):
+        make_train()
 
 
 @pytest.mark.parametrize("options", [{}, {"cache": "raw"}], ids=str)
