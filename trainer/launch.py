@@ -147,7 +147,13 @@ def _name_end(status: int) -> str:
 
 
 def _run_child(function: Callable[..., int], arguments: tuple[Any, ...]) -> int:
-    return run_as_rank(function, *arguments)
+    status = run_as_rank(function, *arguments)
+    launcher = multiprocessing.parent_process()
+    if (
+        launcher is not None and not launcher.is_alive()
+    ):  # killed: its ranks have saved, but torch waits for it for ever
+        os._exit(status)
+    return status
 
 
 def run_as_rank(function: Callable[..., int], *arguments: Any) -> int:
