@@ -27,7 +27,8 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Write beside, fsync, rename. On any failure the temporary file is removed and `path` is as it was."""
+    """Write beside, fsync, rename. On any failure the temporary file is removed and `path`, which the
+    error names, is as it was."""
     temporary = temporary_for(path)
     try:
         with temporary.open("wb") as file:
@@ -35,5 +36,8 @@ def write_atomic(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a failed write does not say where
+        raise
     finally:
         temporary.unlink(missing_ok=True)
