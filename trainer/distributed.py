@@ -116,14 +116,19 @@ def choose_device(local_rank: int, use_gpu: bool) -> torch.device:
 
 
 def _init(rank: int, world_size: int, use_gpu: bool, timeout: timedelta) -> None:
-    """Raises UserError if the port by which ranks meet is taken."""
+    """Raises UserError if the port by which ranks meet is taken, or if one of them does not come."""
     global _failures
     try:
         store, _, _ = next(dist.rendezvous("env://", timeout=_MEETING))
     except (dist.DistNetworkError, RuntimeError) as error:
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         if "EADDRINUSE" in str(error) or "address already in use" in str(error):
-            where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             raise UserError(f"{where}: the port is in use; choose another with MASTER_PORT") from error
+        if "timed out" in str(error).lower():
+            raise UserError(
+                f"{where}: not all of the {world_size} ranks have come within {_MEETING.total_seconds():g} s; start as "
+                "many, where that address can be reached"
+            ) from error
         raise
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if use_gpu else "gloo", store=store, rank=rank, world_size=world_size, timeout=timeout

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -335,6 +336,18 @@ def test_a_torch_without_nccl_is_told_before_the_ranks_meet(monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
     monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: False)
     with pytest.raises(UserError, match="has no NCCL, by which 2 GPUs reduce; install a CUDA build"), join(True):
+        pass
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_rank_that_never_comes_is_told_in_one_line(rank, monkeypatch):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    for name, value in {"RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(distributed, "_MEETING", timedelta(seconds=1))
+    with pytest.raises(UserError, match=f"127.0.0.1:{port}: not all of the 2 ranks have come within 1 s"), join(False):
         pass
 
 
