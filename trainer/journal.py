@@ -5,6 +5,7 @@ keeps quiet, so that the loop has no branches about it. Left out: the formats (r
 checkpoints.
 """
 
+import contextlib
 import errno
 from collections.abc import Callable
 from dataclasses import asdict
@@ -14,7 +15,7 @@ from typing import Any, BinaryIO
 import torch
 
 from pipeline.colorstats import ColorStats
-from pipeline.console import Voice, note, print_line, warn
+from pipeline.console import Voice, explain_os_error, note, print_line, warn
 from pipeline.files import write_json
 from trainer.display import TrainDisplay
 from trainer.distributed import Ranks, gather
@@ -44,7 +45,8 @@ class Journal:
         voice: Voice = "words",
         make_board: Callable[[Path], Board] | None = None,
     ) -> None:
-        """A new run's folder with `config` and `colors`, or that of the run to `resume`, cut after `step` in `epoch`.
+        """A new run's folder with `config` and `colors`, or that of the run to `resume`, cut after `step` in `epoch`
+        (from step 0 on it is a new one).
 
         With the voice "json", what is logged is printed, too; `make_board`: TensorBoard's, for the run's folder.
         Raises UserError if another process trains in the folder.
@@ -59,15 +61,16 @@ class Journal:
             if not resume:
                 folder = create_run(runs, name)
             self._lock = lock_run(folder)
-            if not resume:
+            if not step:  # new, or begun anew since nothing of it was saved: with another number of epochs, say
                 colors.save(folder)  # with the class names in `config`: the net can be used without its shards
                 write_config(folder, config)
             write_json(folder / ENVIRONMENT, environment())
             self._log = MetricsLog.open(
                 folder / METRICS, step if resume else None, print_line if voice == "json" else None, epoch=epoch
             )
-            self._board = make_board(folder) if make_board else None
         self.folder: Path = gather(folder, ranks)[0]
+        if make_board and ranks.is_first:
+            self._show(lambda _: None, make_board)
 
     def show(self, display: TrainDisplay) -> None:
         """Where to show progress from now on."""
@@ -107,8 +110,7 @@ class Journal:
             if load.utilisation is not None:
                 record["gpu_utilisation"] = load.utilisation
         self._write(self._log.train, **record)
-        if self._board:
-            self._board.train(record)
+        self._show(lambda board: board.train(record))
         now = self._display.record(record)
         self._summary = (
             f"training loss {now.loss:.3f}, top-1 {now.top1_error:.2f} %, {now.mean_images_per_s:,.0f} images/s, "
@@ -122,15 +124,13 @@ class Journal:
     def eval(self, errors: Errors, step: int, epoch: int) -> None:
         if self._log:
             self._write(self._log.eval, step=step, epoch=epoch, crops="centre", **asdict(errors))
-        if self._board:
-            self._board.eval({"step": step, **asdict(errors)})
+        self._show(lambda board: board.eval({"step": step, **asdict(errors)}))
         if self._display:
             self._display.evaluated(errors.top1_error)
 
     def look(self, model: AlexNet, dtype: torch.dtype, step: int) -> None:
         """At the whole net, as it was evaluated; it is left in evaluation mode."""
-        if self._board:
-            self._board.look(model, dtype, step)
+        self._show(lambda board: board.look(model, dtype, step))
 
     def event(self, name: str, **fields: Any) -> None:
         if self._log:
@@ -151,6 +151,21 @@ class Journal:
         else:
             self._is_full = False
 
+    def _show(self, write: Callable[[Board], None], make_board: Callable[[Path], Board] | None = None) -> None:
+        """Write to the board, if there is one; a disk that takes no more ends it, and not the run, of which it is but
+        a view."""
+        try:
+            if make_board:
+                self._board = make_board(self.folder)
+            if self._board:
+                write(self._board)
+        except OSError as error:
+            warn(f"warning: {explain_os_error(error)}; TensorBoard sees no more of this run, {METRICS} is the record")
+            board, self._board = self._board, None
+            if board:
+                with contextlib.suppress(OSError):  # what could not be written still cannot
+                    board.close()
+
     def epoch_done(self, epoch: int, result: str) -> None:
         if self._display:
             self._display.epoch_done(epoch, result + self._summary)
@@ -163,7 +178,6 @@ class Journal:
     def close(self) -> None:
         if self._log:
             self._log.close()
-        if self._board:
-            self._board.close()
+        self._show(lambda board: board.close())
         if self._lock:
             self._lock.close()

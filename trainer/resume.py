@@ -79,7 +79,7 @@ def load_resumed(job: "Job", folder: Path | None, warn: Callable[[str], None]) -
 
 def list_saved(folder: Path) -> list[Path]:
     """A run's checkpoints to go on from, the one to try first at the front: last.pt, then by step."""
-    last, steps = folder / LAST, list(list_steps(folder).values()) if folder.is_dir() else []
+    last, steps = folder / LAST, list(list_steps(folder).values())
     if not last.is_file():
         return steps
     return [last, *(path for path in steps if not path.samefile(last))]

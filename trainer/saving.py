@@ -39,6 +39,8 @@ def step_name(step: int) -> str:
 
 def list_steps(folder: Path) -> dict[int, Path]:
     """The checkpoints of a run's folder of checkpoints that are called after their step, newest first."""
+    if not folder.is_dir():  # taken away while the run goes on, say
+        return {}
     found = {int(match[1]): path for path in folder.iterdir() if (match := _STEP_NAME.fullmatch(path.name))}
     return dict(sorted(found.items(), reverse=True))
 
@@ -198,6 +200,7 @@ class Saver:
 
     def _write(self, state: dict[str, Any], step: int, names: tuple[str, ...]) -> None:
         path = self._folder / step_name(step)
+        self._folder.mkdir(exist_ok=True)  # whoever took it away: the next save is whole again
         checkpoint.save(path, state, self._count)
         for name in (*names, LAST):
             checkpoint.link(path, self._folder / name)

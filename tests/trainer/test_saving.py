@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import os
+import shutil
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -15,9 +16,11 @@ from pipeline.errors import UserError
 from tests.trainer.nets import DEMO
 from trainer import checkpoint
 from trainer.distributed import Ranks
+from trainer.evaluate import Errors
 from trainer.job import Job
 from trainer.journal import Journal
 from trainer.resume import list_saved
+from trainer.runlog import read_config
 from trainer.saving import Saver, Snapshot, list_steps
 from trainer.train import run_rank
 
@@ -204,6 +207,14 @@ def test_a_write_left_by_a_killed_run_is_cleared_away(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_folder_of_checkpoints_that_was_taken_away_is_there_again_with_the_next_save(folder):
+    folder.save(10)
+    shutil.rmtree(folder.path)
+    assert list_steps(folder.path) == {}
+    folder.save(20)
+    assert folder.names() == ["last.pt", "step-00000020.pt"] and folder.told == []
+
+
 CALLS = ("os.fsync", "pathlib.Path.replace", "os.link", "pathlib.Path.unlink")
 
 
@@ -264,12 +275,44 @@ def test_checkpoints_are_tried_from_the_newest_on_each_once(folder):
     assert [path.name for path in list_saved(folder.path)] == ["step-00000020.pt", "step-00000010.pt"]
 
 
-def make_journal(runs: Path, resume: Path | None = None, step: int = 0, epoch: int = 1) -> Journal:
+def make_journal(
+    runs: Path, resume: Path | None = None, step: int = 0, epoch: int = 1, config=None, **named
+) -> Journal:
     class Colors:
         def save(self, _folder: Path) -> None:
             pass
 
-    return Journal(ALONE, runs, "run", {}, Colors(), resume=resume, step=step, epoch=epoch)
+    return Journal(ALONE, runs, "run", config or {}, Colors(), resume=resume, step=step, epoch=epoch, **named)
+
+
+class FullBoard:
+    """TensorBoard's on a disk that fills up with its second record."""
+
+    def __init__(self, opens: bool = True) -> None:
+        if not opens:
+            self.fail()
+        self.num_calls = 0
+
+    def eval(self, _record: object) -> None:
+        self.num_calls += 1
+        if self.num_calls > 1:
+            self.fail()
+
+    def fail(self) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "run/tensorboard")
+
+    close = fail
+
+
+@pytest.mark.parametrize("opens", [True, False])
+def test_a_disk_that_is_full_for_tensorboard_ends_its_events_and_not_the_run(tmp_path, capsys, opens):
+    journal = make_journal(tmp_path, make_board=lambda _: FullBoard(opens))
+    for step in (1, 2, 3):
+        journal.eval(Errors(24, 1.0, 50.0, 5.0), step, 1)
+    journal.close()
+    assert len((journal.folder / "metrics.jsonl").read_text().splitlines()) == 3
+    said = capsys.readouterr().err
+    assert said.count("warning: ") == 1 and "No space left on device" in said and "metrics.jsonl is the record" in said
 
 
 def test_lines_for_a_full_disk_wait_and_are_there_when_it_has_room(tmp_path, monkeypatch, capsys):
@@ -300,6 +343,15 @@ def test_lines_for_a_full_disk_wait_and_are_there_when_it_has_room(tmp_path, mon
     lines = (journal.folder / "metrics.jsonl").read_text().splitlines()
     assert [f'"step": {step}' in line for step, line in enumerate(lines, start=1)] == [True] * 3
     log.close()
+
+
+def test_a_run_begun_anew_in_its_folder_has_the_new_configuration_and_one_gone_on_with_its_own(tmp_path):
+    first = make_journal(tmp_path, config={"shards": "one"})
+    first.close()
+    make_journal(tmp_path, first.folder, step=0, config={"shards": "two"}).close()
+    assert read_config(first.folder) == {"shards": "two"}
+    make_journal(tmp_path, first.folder, step=32, config={"shards": "three"}).close()
+    assert read_config(first.folder) == {"shards": "two"}
 
 
 def test_two_processes_do_not_train_in_one_folder(tmp_path):
