@@ -2,7 +2,8 @@
 
 The decision that shaped it: they are a faster way to the same bits, never needed: without libjpeg-turbo's headers
 simplejpeg decodes, without a C compiler torch computes, and tests compare them all. Compiled anew by every process
-(half a second), so there is nothing to keep, ship or distrust. Left out: what is computed (decode.c, finish.c, the
+(half a second), so there is nothing to keep, ship or distrust; without a limit of time, since a process that was frozen
+meanwhile would be left without them. Left out: what is computed (decode.c, finish.c, the
 trainer's native.c) and for what.
 """
 
@@ -19,7 +20,6 @@ from typing import NamedTuple
 MESSAGE_BYTES = 200  # libjpeg's JMSG_LENGTH_MAX
 _FOLDER = Path(__file__).parent
 _FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fPIC")
-_LIMIT_S = 60
 _POINTER, _INT = ctypes.c_void_p, ctypes.c_int
 
 
@@ -44,7 +44,7 @@ def compile_library(source: Path, *flags: str, libraries: tuple[str, ...] = ("-l
                 [compiler, *_FLAGS, *flags, "-c", str(source), "-o", compiled],
                 [compiler, "-shared", compiled, "-o", library, *libraries],
             ):
-                subprocess.run(command, check=True, capture_output=True, timeout=_LIMIT_S)
+                subprocess.run(command, check=True, capture_output=True)
             return ctypes.CDLL(library)
         except (OSError, subprocess.SubprocessError):  # a compiler without headers, a folder mounted noexec, ...
             return None

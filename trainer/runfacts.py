@@ -16,6 +16,7 @@ from pipeline.shardset import ShardSet
 from trainer.distributed import Ranks, launch_id
 from trainer.finetune import Start
 from trainer.job import Job
+from trainer.native import load_native
 from trainer.recipe import to_dict
 from trainer.weights import list_classes
 
@@ -51,6 +52,25 @@ def list_facts(job: Job, shards: ShardSet, colors: ColorStats, saved: dict[str, 
         **{f"--{name.replace('_', '-')}": str(value) for name, value in asdict(job.safety).items()},
         "the step to resume from": str(saved["step"]) if saved else "0",
     }
+
+
+def list_arithmetic(ranks: Ranks) -> dict[str, str]:
+    """What the last bits of a step depend on besides weights, samples and draws; of a GPU nothing, whose bits vary."""
+    if ranks.device.type == "cuda":
+        return {}
+    return {
+        "torch": str(torch.__version__),
+        "threads": str(torch.get_num_threads()),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "LRN": "torch's operations" if load_native() is None else "compiled C",
+    }
+
+
+def name_changes(before: dict[str, str], ranks: Ranks) -> str:
+    """How the arithmetic of a resumed run differs from `before`, in words; empty if it does not."""
+    now = list_arithmetic(ranks)
+    changed = [name for name in now if name in before and before[name] != now[name]]
+    return ", ".join(f"{name}: {before[name]} before, {now[name]} now" for name in changed)
 
 
 def get_random_state(ranks: Ranks) -> dict[str, Tensor]:

@@ -42,7 +42,14 @@ from trainer.model import AlexNet
 from trainer.parallel import check as check_parallel
 from trainer.recipe import to_dict
 from trainer.resume import EPOCH, check_resumable, choose_streams, find_resumed, load_resumed
-from trainer.runfacts import describe, get_random_state, list_facts, set_random_state
+from trainer.runfacts import (
+    describe,
+    get_random_state,
+    list_arithmetic,
+    list_facts,
+    name_changes,
+    set_random_state,
+)
 from trainer.runlog import BEST, CHECKPOINTS
 from trainer.saving import Saver, list_steps
 from trainer.tally import Tally
@@ -53,8 +60,13 @@ from trainer.watchdog import Watchdog
 def run_rank(job: Job) -> int:
     """The whole run as seen by one rank. Returns the exit status: 0, or 130/143 when stopped by a signal."""
     set_voice(job.voice)
-    with join(job.use_gpu, job.safety.timeout_s) as ranks, StopRequest(ranks) as stop:
-        run = _Run(job, ranks)
+    timeout_s = job.safety.timeout_s
+    with (
+        join(job.use_gpu, timeout_s) as ranks,
+        StopRequest(ranks) as stop,
+        Watchdog(ranks, timeout_s) as watchdog,
+    ):
+        run = _Run(job, ranks, watchdog)
         try:
             return run.train(stop)
         except Exception:
@@ -64,11 +76,19 @@ def run_rank(job: Job) -> int:
             run.journal.close()
 
 
+class _Stopped(Exception):
+    """A signal came during an evaluation."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(status)
+        self.status = status
+
+
 class _Run:
     """A run in progress: what is trained, what feeds it, how far it is."""
 
-    def __init__(self, job: Job, ranks: Ranks) -> None:
-        self.job, self.ranks, recipe = job, ranks, job.recipe
+    def __init__(self, job: Job, ranks: Ranks, watchdog: Watchdog) -> None:
+        self.job, self.ranks, self.watchdog, recipe = job, ranks, watchdog, job.recipe
         check_parallel(job.parallel.mode, recipe, ranks.world_size)
         self.resume = find_resumed(job, ranks)
         self.shards = ShardSet.open(job.shards, cache_dir=job.cache_dir, cache_gib=job.cache_gib)
@@ -83,10 +103,14 @@ class _Run:
         check_alike(list_facts(job, self.shards, self.colors, saved), ranks)
         if saved:
             check_resumable(saved, self.resume, self.shards, ranks)
+            changed = name_changes(saved.get("arithmetic", {}), ranks)
+            if changed and ranks.is_first:
+                warn(f"warning: {self.resume}: from here on not to the same bits ({changed})")
         self.started_from: Start | None = None
         start = self._start_from if job.weights and not saved else None
         self.learner = Learner(recipe, self.shards.num_classes, ranks, job.seed, job.parallel, start)
         self.step, self.epoch, self.time_s, self.best_error = 0, 1, 0.0, math.inf
+        self.before_evaluation: dict[str, Any] | None = None  # this rank's place after an epoch's last step
         self.sums = torch.zeros(4, dtype=torch.float64, device=ranks.device)
         streams = choose_streams(job.seed, saved, ranks)
         torch.manual_seed(streams.dropout)
@@ -123,7 +147,6 @@ class _Run:
             alive=lambda: self.watchdog.beat("a piece of a checkpoint"),
         )
         self.is_prepared = False
-        self.watchdog = Watchdog(ranks, job.safety.timeout_s)
         self.guard = LossGuard(
             ranks,
             self.journal.folder,
@@ -161,16 +184,16 @@ class _Run:
             self.journal.event("restart", step=self.step, number=restart_count())
         tally = Tally(recipe.epochs, steps_per_epoch, steps_done=self.step, best_error=self.best_error)
         stopped, status = "", 0
-        with choose_display(self.job.voice if self.ranks.is_first else "quiet", tally) as display, self.watchdog:
+        with choose_display(self.job.voice if self.ranks.is_first else "quiet", tally) as display:
             self.journal.show(display)
+            self.watchdog.beat("the start")
             while not self.learner.schedule.finished(self.epoch - 1):
-                status = self._train_epoch(stop)
+                status = self._train_epoch(stop) or self._end_epoch(stop)
                 if status:
                     self._save()
                     where = f"stopped after step {self.step} (epoch {self.epoch})"
                     stopped = f"{where}; go on with: alexnet-train --resume {self.journal.folder}"
                     break
-                self._end_epoch()
             self.saver.finish()
         if not stopped:
             which = "alexnet-eval {0}, alexnet-report {0}" if self.has_val else "alexnet-report {0}"
@@ -182,6 +205,8 @@ class _Run:
         self.feed.begin_epoch(self.epoch)
         self.learner.net.train()
         num_steps, batches = len(self.feed), iter(self.feed)
+        if self.feed.step == num_steps:  # resumed between an epoch's last step and its evaluation
+            self.before_evaluation = self._place()
         since_s, waited_s, num_timed = time.perf_counter(), 0.0, 0
         while True:
             asked_s = time.perf_counter()
@@ -206,6 +231,8 @@ class _Run:
                 num_logged = (in_epoch - 1) % LOG_STEPS + 1
                 self._record(record, num_logged, num_timed / took_s, waited_s / took_s)
                 since_s, waited_s, num_timed = now_s, 0.0, 0
+                if in_epoch == num_steps:
+                    self.before_evaluation = self._place()
                 if is_due and in_epoch < num_steps:
                     self._save()
             status = stop.status()  # every rank's: they all have come here
@@ -256,16 +283,24 @@ class _Run:
             warn(f"warning: {said}")
             self.journal.event("loss_stuck", step=self.step, epoch=self.epoch, text=said)
 
-    def _end_epoch(self) -> None:
+    def _end_epoch(self, stop: StopRequest) -> int:
+        """Evaluate and begin to save: 0. Or, where a signal comes first, its status: a resumed run evaluates anew."""
         epoch, is_best, result = self.epoch, True, ""
         if self.eval_loader is not None:
             self.journal.evaluating(epoch)
             num_images, schedule = self.shards.num_samples("val"), self.learner.schedule
             model, dtype = self.learner.whole_model(), self.learner.dtype
-            errors = evaluate(
-                model, self.eval_loader, self.ranks, dtype, num_images,
-                on_batch=lambda: self.watchdog.beat(f"a batch of the evaluation after epoch {epoch}"),
-            )  # fmt: skip
+
+            def go_on() -> None:
+                self.watchdog.beat(f"a batch of the evaluation after epoch {epoch}")
+                status = stop.status()  # every rank's: all have as many batches
+                if status:
+                    raise _Stopped(status)
+
+            try:
+                errors = evaluate(model, self.eval_loader, self.ranks, dtype, num_images, on_batch=go_on)
+            except _Stopped as stopped:
+                return stopped.status
             is_best = errors.top1_error < self.best_error
             self.best_error = min(self.best_error, errors.top1_error)
             self.journal.eval(errors, self.step, epoch)
@@ -280,13 +315,19 @@ class _Run:
                 result += f"{news}, "
         self.journal.epoch_done(epoch, result)
         self.epoch += 1
+        self.before_evaluation = None
         self._save(EPOCH, *([BEST] if is_best else []))
         self.learner.rest()
+        return 0
+
+    def _place(self) -> dict[str, Any]:
+        """What is this rank's own in a checkpoint."""
+        return {"loader": self.feed.state_dict(), "sums": self.sums.cpu(), "random": get_random_state(self.ranks)}
 
     def _save(self, *names: str) -> None:
         """Begin to save; the checkpoint will have `names`, too."""
         self.saver.wait()
-        mine = {"loader": self.feed.state_dict(), "sums": self.sums.cpu(), "random": get_random_state(self.ranks)}
+        mine = self.before_evaluation or self._place()
         states, learnt = gather(mine, self.ranks), self.learner.state_dict()
         state = {
             **learnt,
@@ -301,6 +342,7 @@ class _Run:
             "best_error": self.best_error,
             "skipped": self.guard.skipped,
             "is_best": BEST in names,
+            "arithmetic": list_arithmetic(self.ranks),
             "ranks": states,
         }
         self.saver.begin(state, self.step, names)

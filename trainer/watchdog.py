@@ -5,7 +5,9 @@ each piece of a checkpoint, and a thread of every rank counts the time since. It
 which was itself frozen, and its clock, do not matter. The rank that finds nothing moving shows the stacks of all
 threads: its own, and by a signal those of the ranks on the same machine, whose C code answers even where their Python
 cannot; then it ends. Where even this thread cannot run, since something holds the interpreter, faulthandler's own does
-the same after three times as long. Left out: other machines, whose ranks have a watchdog of their own.
+the same after three times as long. A start (opening shards, building pipelines) has no beats, and at least START_S.
+Left out: ranks that do not meet, which torch ends (distributed.py), and other machines, whose ranks have a watchdog of
+their own.
 """
 
 import contextlib
@@ -26,12 +28,16 @@ from trainer.distributed import Ranks, gather, is_first_to, under_launcher
 STATUS_HUNG, STATUS_HUNG_RANK = 1, 70  # alone; as a rank, whose launcher may start it again
 HUNG = "hung"
 _STDERR = 2
+START_S = 300.0  # the least that a start may take
 _ANSWER_S = 1.0  # for another process to write its stacks, or for the ranks' store to say who is first
 _LEAVE_S = 5.0  # a rank that is not the first to find it lets that one speak
 
 
 class Watchdog:
-    """`with Watchdog(ranks, timeout_s) as watchdog: ... watchdog.beat("step 5")`. Every rank makes one alike."""
+    """`with Watchdog(ranks, timeout_s) as watchdog: ... watchdog.beat("step 5")`. Every rank makes one alike.
+
+    From the first beat on, nothing may take longer than `timeout_s`; until then, START_S if that is longer.
+    """
 
     def __init__(
         self,
@@ -45,6 +51,7 @@ class Watchdog:
         self._ranks, self._timeout_s, self._end, self._clock = ranks, timeout_s, end, clock
         self._write = write or (lambda text: os.write(_STDERR, text.encode(errors="replace")))
         self._tick_s = min(timeout_s / 10, 5.0)
+        self._limit_s = max(timeout_s, START_S)
         self._idle_s, self._last_s, self._after = 0.0, clock(), "the start"
         self._beats, self._seen = 0, 0
         self._over = threading.Event()
@@ -68,12 +75,12 @@ class Watchdog:
 
     def beat(self, after: str) -> None:
         """Something has moved: `after` says what, in the words of "nothing has moved since ..."."""
-        self._after = after
+        self._after, self._limit_s = after, self._timeout_s
         self._beats += 1
 
     def _watch(self) -> None:
         while not self._over.wait(self._tick_s):
-            faulthandler.dump_traceback_later(3 * self._timeout_s, exit=True, file=_STDERR)
+            faulthandler.dump_traceback_later(3 * self._limit_s, exit=True, file=_STDERR)
             if self.tick():
                 return
 
@@ -85,7 +92,7 @@ class Watchdog:
             self._seen, self._idle_s = self._beats, 0.0
             return False
         self._idle_s += min(max(passed_s, 0.0), 1.5 * self._tick_s)
-        if self._idle_s < self._timeout_s:
+        if self._idle_s < self._limit_s:
             return False
         self._give_up()
         return True
@@ -98,7 +105,7 @@ class Watchdog:
             return
         rank = f"rank {self._ranks.rank}: " if self._ranks.world_size > 1 else ""
         self._write(
-            f"error: {rank}nothing has moved for {self._timeout_s:g} s, since {self._after}: a file system or a peer "
+            f"error: {rank}nothing has moved for {self._limit_s:g} s, since {self._after}: a file system or a peer "
             "that does not answer? What all threads are doing:\n" + dump_stacks()
         )
         for number, host, process in self._peers:

@@ -1,4 +1,5 @@
-"""Ctrl-C in a real terminal: the cursor is back, the settings of the line are as they were, the status is 130."""
+"""Ctrl-C in a real terminal: the cursor is back, the settings of the line are as they were, the status is 130. And a
+signal that comes while a net is evaluated."""
 
 import errno
 import io
@@ -13,8 +14,9 @@ from pathlib import Path
 import pytest
 
 from pipeline import console
+from tests.trainer import commands
 
-BIN = Path(sys.executable).parent
+BIN, ROOT = Path(sys.executable).parent, Path(__file__).resolve().parents[2]
 HIDE_CURSOR, SHOW_CURSOR = b"\x1b[?25l", b"\x1b[?25h"
 NARROW = ["--recipe", "demo", "--set", "width=0.0625", "--global-batch-size", "2", "--epochs", "50"]
 KILLED = """
@@ -33,6 +35,27 @@ def command():
     os.waitpid(child, 0)
 
 console.run(command)
+"""
+
+# alexnet-train, as if the machine had so many GPUs; told to stop in its evaluation of this number, if there is one.
+EVALUATING = """
+import os, signal
+from trainer import cli, train
+
+evaluate, number = train.evaluate, [0]
+
+def evaluate_and_stop(*words, on_batch, **named):
+    def stop():
+        if number[0] == int(os.environ.get("AT", "0")) and os.environ.get("RANK", "0") == "0":
+            os.kill(os.getpid(), signal.SIGTERM)
+        on_batch()
+    number[0] += 1
+    return evaluate(*words, on_batch=stop, **named)
+
+cli.choose_devices = lambda _: (int(os.environ["NUM_RANKS"]), False)
+train.evaluate = evaluate_and_stop
+if __name__ == "__main__":
+    cli.train()
 """
 
 
@@ -80,6 +103,34 @@ def test_ctrl_c_leaves_the_terminal_as_it_was_and_says_how_to_go_on(ready_shards
     said = terminal.shown.decode()
     assert "epoch 1/50" in said and "total" in said and "waiting for data" in said
     assert "go on with: alexnet-train --resume runs/demo" in said.replace("\r\n", " ")
+
+
+@pytest.mark.parametrize("num_ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_signal_in_an_evaluation_does_not_wait_for_its_end_and_loses_nothing(
+    ready_shards, finished, tmp_path, num_ranks
+):
+    program = tmp_path / "train.py"
+    program.write_text(EVALUATING)
+    words = [sys.executable, program, "--shards", ready_shards, *commands.NARROW, "--resume", "auto"]
+    variables = {**commands.environment(), "PYTHONPATH": str(ROOT), "NUM_RANKS": str(num_ranks)}
+
+    def train(name: str, at: int, status: int) -> str:
+        done = subprocess.run(
+            [*map(str, words), "--name", name], cwd=tmp_path, env={**variables, "AT": str(at)}, capture_output=True,
+            text=True, timeout=300, check=False,
+        )  # fmt: skip
+        assert done.returncode == status, done.stderr
+        return done.stderr
+
+    if num_ranks > 1:
+        train("straight", 0, 0)
+        finished = tmp_path / "runs" / "straight"
+    for at in (2, 1):  # the second time, in the first evaluation of the resumed run: the same one again
+        assert "stopped after step 64 (epoch 2); go on with: " in train("stopped", at, 143)
+        evals = [record for record in commands.read_records(tmp_path / "runs" / "stopped") if record["kind"] == "eval"]
+        assert [record["epoch"] for record in evals] == [1]
+    train("stopped", 0, 0)
+    commands.assert_same_run(tmp_path / "runs" / "stopped", finished)
 
 
 def test_the_cursor_comes_back_even_if_a_rank_was_killed_while_it_was_hidden(tmp_path):

@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 
+from pipeline import kernel
 from trainer import learner, native
 from trainer.distributed import Ranks
 from trainer.learner import Learner
@@ -48,6 +49,20 @@ print(before, kept, resident_mib())
 def test_without_a_working_c_compiler_there_are_no_compiled_functions(monkeypatch, compiler):
     monkeypatch.setenv("CC", compiler)
     assert load_native.__wrapped__() is None
+
+
+def test_a_compiler_is_waited_for_however_long_a_process_was_frozen_meanwhile(monkeypatch):
+    if load_native() is None:
+        pytest.skip("no C compiler")
+    compile_now = kernel.subprocess.run
+
+    def compile_late(*words, timeout=None, **named):
+        if timeout is not None:
+            raise subprocess.TimeoutExpired("cc", timeout)
+        return compile_now(*words, **named)
+
+    monkeypatch.setattr(kernel.subprocess, "run", compile_late)
+    assert load_native.__wrapped__() is not None
 
 
 def test_only_what_the_c_file_can_do_is_given_to_it():

@@ -19,6 +19,7 @@ from tests.trainer.commands import (
 )
 from trainer.cli_safety import check_same, choose_safety, find_begun
 from trainer.job import Safety
+from trainer.native import load_native
 from trainer.recipe import RECIPES, override, to_dict
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,6 +44,17 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_is_begun_again_in_its
     run("alexnet-train", "--shards", ready_shards, *NARROW, "--resume", "auto", cwd=tmp_path)
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["demo"]
     assert_same_run(copy, finished)
+
+
+def test_a_run_that_goes_on_with_other_arithmetic_says_so_and_only_then(finished, ready_shards, tmp_path, monkeypatch):
+    if load_native() is None:
+        pytest.skip("no C compiler")
+    shutil.copytree(finished, tmp_path / "runs" / "demo")
+    words = ["alexnet-train", "--shards", ready_shards, "--resume", "demo", "--epochs"]
+    assert "the same bits" not in run(*words, 4, cwd=tmp_path).stderr
+    monkeypatch.setenv("CC", "false")
+    errors = run(*words, 5, cwd=tmp_path).stderr
+    assert "not to the same bits (LRN: compiled C before, torch's operations now)" in errors
 
 
 @pytest.mark.parametrize(

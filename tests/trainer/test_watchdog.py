@@ -12,7 +12,7 @@ import torch
 
 from tests.trainer.commands import DEADLINE_S, NARROW, assert_same_run, environment, read_records
 from trainer.distributed import Ranks
-from trainer.watchdog import STATUS_HUNG, Watchdog, dump_stacks, find_state
+from trainer.watchdog import START_S, STATUS_HUNG, Watchdog, dump_stacks, find_state
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 4
@@ -20,7 +20,7 @@ TIMEOUT_S = 4
 # alexnet-train, as if the machine had so many GPUs; the last rank stops moving, in some way, somewhere.
 PROGRAM = """
 import os, signal, threading
-from trainer import cli, train
+from trainer import cli, train, watchdog
 
 NUM_RANKS, HOW, WHERE = int(os.environ["NUM_RANKS"]), os.environ["HOW"], os.environ["WHERE"]
 
@@ -41,6 +41,15 @@ class Feed(train.TrainFeed):
                 this_never_returns()
             yield batch
 
+class Shards(train.ShardSet):
+    @classmethod
+    def open(cls, *words, **named):
+        this_never_returns()
+        return super().open(*words, **named)
+
+if WHERE == "start":
+    watchdog.START_S = 4
+    train.ShardSet = Shards
 if WHERE == "evaluation":
     evaluate = train.evaluate
     train.evaluate = lambda *words, **named: (evaluate(*words, **named), this_never_returns())[0]
@@ -92,10 +101,18 @@ def test_after_the_timeout_the_stacks_of_all_threads_are_shown_with_what_moved_l
 def test_a_process_that_was_frozen_and_a_clock_that_jumps_do_not_count(jump_s):
     clock = Clock()
     watchdog = clock.make(timeout_s=10)
-    assert not clock.tick(watchdog, 5)
+    watchdog.beat("step 7 of epoch 2")
+    assert not clock.tick(watchdog, 6)  # the first tick sees the beat
     clock.now_s += jump_s
     assert not clock.tick(watchdog, 3)
     assert clock.tick(watchdog, 3)
+
+
+def test_a_start_without_beats_may_take_minutes_but_not_for_ever():
+    clock = Clock()
+    watchdog = clock.make(timeout_s=10)
+    assert not clock.tick(watchdog, int(START_S) - 1)
+    assert clock.tick(watchdog, 1) and "nothing has moved for 300 s, since the start" in clock.written[0]
 
 
 def test_stacks_name_the_function_and_a_stopped_process_is_known_as_such():
@@ -145,8 +162,16 @@ def test_a_step_that_hangs_holding_the_interpreter_ends_too_with_the_stacks(read
     assert status == 1 and "in this_never_returns" in errors, errors
 
 
+def test_a_start_that_hangs_ends_with_the_stacks(ready_shards, tmp_path):
+    errors, status = run_hanging(ready_shards, tmp_path, 1, "waits", "start")
+    assert status == 1 and f"error: nothing has moved for {TIMEOUT_S} s, since the start" in errors, errors
+    assert "in this_never_returns" in errors and list(tmp_path.glob("runs/*")) == []
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("where", "other"), [("step", "in train_step"), ("evaluation", "in gather")])
+@pytest.mark.parametrize(
+    ("where", "other"), [("start", "in check_alike"), ("step", "in train_step"), ("evaluation", "in gather")]
+)
 def test_when_one_rank_hangs_the_stacks_of_all_are_shown_and_all_end(ready_shards, tmp_path, where, other):
     started_s = time.monotonic()
     errors, status = run_hanging(ready_shards, tmp_path, 2, "waits", where)
