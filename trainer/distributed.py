@@ -9,6 +9,8 @@ import hashlib
 import os
 import signal
 import socket
+import time
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +28,7 @@ from pipeline.errors import UserError
 RESTART, LAUNCH_ID = "ALEXNET_RESTART", "ALEXNET_LAUNCH_ID"  # what our own launcher tells its ranks
 FAILURE, PEER_LOST = "failure", "peer lost"
 _MEETING = timedelta(minutes=10)  # the longest that ranks wait for each other
+_POLL_S = 0.05
 _SIGNS_OF_LOSS = (
     "connection closed by peer",
     "connection reset by peer",
@@ -94,6 +97,7 @@ def join(use_gpu: bool, timeout_s: float = 0.0) -> Iterator[Ranks]:
         )
     _init(rank, world_size, use_gpu, max(_MEETING, timedelta(seconds=1.5 * timeout_s + 60)))
     ranks = Ranks(rank, world_size, device)
+    _agree_on_restarts(ranks)
     check_alike(describe_software(), ranks)
     _check_devices(ranks)
     yield ranks
@@ -119,12 +123,13 @@ def _init(rank: int, world_size: int, use_gpu: bool, timeout: timedelta) -> None
     """Raises UserError if the port by which ranks meet is taken, or if one of them does not come."""
     global _failures
     try:
-        store, _, _ = next(dist.rendezvous("env://", timeout=_MEETING))
+        shared, _, _ = next(dist.rendezvous("env://", timeout=_MEETING))
+        store = dist.PrefixStore(f"alexnet/{choose_meeting(shared, rank, world_size)}", shared)
     except (dist.DistNetworkError, RuntimeError) as error:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         if "EADDRINUSE" in str(error) or "address already in use" in str(error):
             raise UserError(f"{where}: the port is in use; choose another with MASTER_PORT") from error
-        if "timed out" in str(error).lower():
+        if "timed out" in str(error).lower() or "timeout" in str(error).lower():
             raise UserError(
                 f"{where}: not all of the {world_size} ranks have come within {_MEETING.total_seconds():g} s; start as "
                 "many, where that address can be reached"
@@ -133,7 +138,37 @@ def _init(rank: int, world_size: int, use_gpu: bool, timeout: timedelta) -> None
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if use_gpu else "gloo", store=store, rank=rank, world_size=world_size, timeout=timeout
     )
-    _failures = dist.PrefixStore(f"alexnet/failures/{restart_count()}", store)
+    _failures = dist.PrefixStore("failures", store)
+
+
+def choose_meeting(store: dist.Store, rank: int, world_size: int) -> str:
+    """A name that all ranks of this start have in common, and no start before: torchrun (2.13) gives the ranks that it
+    starts again the store of those that died, where their addresses still are.
+
+    Each of the others leaves a word of its own, the first rank answers to it with the name until the other says that it
+    has it; a word left by one that died gets an answer that nobody reads. Raises RuntimeError if one does not come.
+    """
+    word, num_s, started_s = uuid.uuid4().hex, _MEETING.total_seconds(), time.monotonic()
+    if rank:
+        store.set(f"word/{rank}", word)
+        name = store.get(f"answer/{word}").decode()
+        store.set(f"here/{name}/{rank}", "")
+        return name
+    awaited = set(range(1, world_size))
+    while awaited:
+        for other in sorted(awaited):
+            store.set(f"answer/{store.get(f'word/{other}').decode()}", word)
+        awaited = {other for other in awaited if not store.check([f"here/{word}/{other}"])}
+        if time.monotonic() - started_s > num_s:
+            raise RuntimeError(f"timed out after {num_s:g} s without ranks {sorted(awaited)}")
+        time.sleep(_POLL_S if awaited else 0)
+    return word
+
+
+def _agree_on_restarts(ranks: Ranks) -> None:
+    """torchrun on a machine counts only the starts that its own ranks have caused."""
+    number = max(gather(restart_count(), ranks)) - int(os.environ.get(RESTART, "0"))
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = str(number)
 
 
 def is_first_to(what: str) -> bool:

@@ -1,11 +1,13 @@
 """What ranks agree on: that they are alike, and sums that do not depend on how the batch was cut."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
 from pipeline.errors import UserError
 from trainer import distributed
-from trainer.distributed import Ranks, check_alike, describe_software, launch_id, restart_count
+from trainer.distributed import Ranks, check_alike, choose_meeting, describe_software, launch_id, restart_count
 from trainer.evaluate import count_errors
 
 TWO = Ranks(0, 2, torch.device("cpu"))
@@ -45,3 +47,18 @@ def test_restarts_are_counted_by_whichever_launcher_there_is(monkeypatch):
     assert launch_id() not in ("none", None) and launch_id() == launch_id()
     monkeypatch.setenv(distributed.LAUNCH_ID, "ours")
     assert launch_id() == "ours"
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0)])
+def test_ranks_that_are_started_again_meet_by_another_name_in_the_store_of_those_before(order):
+    store = torch.distributed.HashStore()
+    names = []
+    for _ in range(3):
+        with ThreadPoolExecutor(3) as ranks:
+            found = {future.result() for future in [ranks.submit(choose_meeting, store, rank, 3) for rank in order]}
+        assert len(found) == 1
+        names += found
+    store.set("word/1", "of one that died")
+    with ThreadPoolExecutor(2) as ranks:
+        found = {future.result() for future in [ranks.submit(choose_meeting, store, rank, 2) for rank in (0, 1)]}
+    assert len({*names, *found}) == 4

@@ -226,6 +226,15 @@ def free_port() -> int:
 
 
 @pytest.mark.slow
+def test_under_torchrun_too_a_job_whose_rank_died_is_started_again(program):
+    words = ["-m", "torch.distributed.run", "--nproc-per-node", 2, "--max-restarts", 1, "--rdzv-backend", "c10d"]
+    process = start(*words, "--rdzv-endpoint", "localhost:0", program, "once")
+    wait_for(process, "all have met")
+    wait_for(process, "restarted as 1")
+    finish(process, 0, START_S)
+
+
+@pytest.mark.slow
 def test_two_nodes_on_loopback_under_torchrun_meet_and_fail_together(program):
     words = ["-m", "torch.distributed.run", "--nnodes", 2, "--nproc-per-node", 1, "--rdzv-backend", "c10d"]
     words += ["--rdzv-endpoint", f"127.0.0.1:{free_port()}", "--rdzv-id", "two-nodes", program, "raise"]
