@@ -283,13 +283,19 @@ class _Run:
             warn(f"warning: {said}")
             self.journal.event("loss_stuck", step=self.step, epoch=self.epoch, text=said)
 
+<<<<<<< HEAD
     def _end_epoch(self, stop: StopRequest) -> int:
         """Evaluate and begin to save: 0. Or, where a signal comes first, its status: a resumed run evaluates anew."""
         epoch, is_best, result = self.epoch, True, ""
+=======
+    def _end_epoch(self) -> None:
+        epoch, is_best, result, top1_error = self.epoch, True, "", math.nan
+>>>>>>> 917837f (The schedule's news are told and recorded without validation images too; a test that the colour noise really ends)
         if self.eval_loader is not None:
             self.journal.evaluating(epoch)
-            num_images, schedule = self.shards.num_samples("val"), self.learner.schedule
+            num_images = self.shards.num_samples("val")
             model, dtype = self.learner.whole_model(), self.learner.dtype
+<<<<<<< HEAD
 
             def go_on() -> None:
                 self.watchdog.beat(f"a batch of the evaluation after epoch {epoch}")
@@ -303,16 +309,20 @@ class _Run:
                 return stopped.status
             is_best = errors.top1_error < self.best_error
             self.best_error = min(self.best_error, errors.top1_error)
+=======
+            errors = evaluate(
+                model, self.eval_loader, self.ranks, dtype, num_images,
+                on_batch=lambda: self.watchdog.beat(f"a batch of the evaluation after epoch {epoch}"),
+            )  # fmt: skip
+            top1_error = errors.top1_error
+            is_best = top1_error < self.best_error
+            self.best_error = min(self.best_error, top1_error)
+>>>>>>> 917837f (The schedule's news are told and recorded without validation images too; a test that the colour noise really ends)
             self.journal.eval(errors, self.step, epoch)
             self.journal.look(model, dtype, self.step)
             best = "" if is_best else f" (best {self.best_error:.2f} %)"
-            result = f"top-1 error {errors.top1_error:.2f} %{best}, top-5 {errors.top5_error:.2f} %, "
-            cut_before = schedule.rate(epoch, 0, 1)
-            news = schedule.end_epoch(epoch, errors.top1_error)
-            if news:
-                is_cut = schedule.rate(epoch + 1, 0, 1) < cut_before
-                self.journal.event("lr_cut" if is_cut else "schedule", step=self.step, epoch=epoch, text=news)
-                result += f"{news}, "
+            result = f"top-1 error {top1_error:.2f} %{best}, top-5 {errors.top5_error:.2f} %, "
+        result += self._end_schedule(epoch, top1_error)
         self.journal.epoch_done(epoch, result)
         self.epoch += 1
         self.before_evaluation = None
@@ -323,6 +333,17 @@ class _Run:
     def _place(self) -> dict[str, Any]:
         """What is this rank's own in a checkpoint."""
         return {"loader": self.feed.state_dict(), "sums": self.sums.cpu(), "random": get_random_state(self.ranks)}
+
+    def _end_schedule(self, epoch: int, top1_error: float) -> str:
+        """What the schedule makes of the epoch, recorded; for its line. Only a plateau looks at the error."""
+        schedule = self.learner.schedule
+        before = schedule.rate(epoch, 0, 1)
+        news = schedule.end_epoch(epoch, top1_error)
+        if not news:
+            return ""
+        is_cut = schedule.rate(epoch + 1, 0, 1) < before
+        self.journal.event("lr_cut" if is_cut else "schedule", step=self.step, epoch=epoch, text=news)
+        return f"{news}, "
 
     def _save(self, *names: str) -> None:
         """Begin to save; the checkpoint will have `names`, too."""

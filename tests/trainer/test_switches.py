@@ -86,6 +86,29 @@ def test_a_setting_of_the_recipe_switches_its_augmentation_off_in_training(ready
     assert [index for index, off in enumerate(switched[1]) if off] == [field]
 
 
+def test_the_colour_noise_and_its_division_end_with_the_epoch_that_the_recipe_names(ready_shards, monkeypatch):
+    """S: both off from epoch 67. Still and centred, pixels plus their mean are whole numbers again."""
+    monkeypatch.setattr(
+        feed, "TrainLoader", lambda *given, **named: TrainLoader(*given, **{**named, "with_draws": True})
+    )
+    shards = ShardSet.open(ready_shards)
+    colors = ColorStats.load(shards.root, shards.fingerprint)
+    recipe = override(
+        RECIPES["original"],
+        ["global_batch_size=32", "mean=channel", "crop=false", "flip=false", "lighting_off_epoch=3"],
+    )
+    fed = feed.TrainFeed(shards, colors, recipe, CPU, seed=0, num_threads=1)
+    noisy, whole = [], []
+    for epoch in (1, 2, 3, 4):
+        fed.begin_epoch(epoch)
+        for images, _ in fed:
+            pixels = images + torch.from_numpy(colors.mean).float().view(1, 3, 1, 1)
+            noisy.append(bool((fed._loader.draws.shift != 0).any()))
+            whole.append(bool((pixels - pixels.round()).abs().max() < 1e-3))
+    assert noisy == [True] * 4 + [False] * 4
+    assert whole == [False] * 4 + [True] * 4
+
+
 @pytest.mark.parametrize(("setting", "kept"), [("weight_decay=0.0005", 1 - 0.01 * 0.0005), ("weight_decay=0", 1.0)])
 def test_weight_decay_shrinks_a_weight_that_has_no_gradient(setting, kept):
     recipe = override(RECIPES["paper"], ["width=0.0625", setting])
