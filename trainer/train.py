@@ -283,19 +283,13 @@ class _Run:
             warn(f"warning: {said}")
             self.journal.event("loss_stuck", step=self.step, epoch=self.epoch, text=said)
 
-<<<<<<< HEAD
     def _end_epoch(self, stop: StopRequest) -> int:
         """Evaluate and begin to save: 0. Or, where a signal comes first, its status: a resumed run evaluates anew."""
-        epoch, is_best, result = self.epoch, True, ""
-=======
-    def _end_epoch(self) -> None:
         epoch, is_best, result, top1_error = self.epoch, True, "", math.nan
->>>>>>> 917837f (The schedule's news are told and recorded without validation images too; a test that the colour noise really ends)
         if self.eval_loader is not None:
             self.journal.evaluating(epoch)
             num_images = self.shards.num_samples("val")
             model, dtype = self.learner.whole_model(), self.learner.dtype
-<<<<<<< HEAD
 
             def go_on() -> None:
                 self.watchdog.beat(f"a batch of the evaluation after epoch {epoch}")
@@ -307,17 +301,9 @@ class _Run:
                 errors = evaluate(model, self.eval_loader, self.ranks, dtype, num_images, on_batch=go_on)
             except _Stopped as stopped:
                 return stopped.status
-            is_best = errors.top1_error < self.best_error
-            self.best_error = min(self.best_error, errors.top1_error)
-=======
-            errors = evaluate(
-                model, self.eval_loader, self.ranks, dtype, num_images,
-                on_batch=lambda: self.watchdog.beat(f"a batch of the evaluation after epoch {epoch}"),
-            )  # fmt: skip
             top1_error = errors.top1_error
             is_best = top1_error < self.best_error
             self.best_error = min(self.best_error, top1_error)
->>>>>>> 917837f (The schedule's news are told and recorded without validation images too; a test that the colour noise really ends)
             self.journal.eval(errors, self.step, epoch)
             self.journal.look(model, dtype, self.step)
             best = "" if is_best else f" (best {self.best_error:.2f} %)"
