@@ -7,6 +7,7 @@ matplotlib Figure and written by another. Left out: where the pixels come from (
 """
 
 import io
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,7 @@ _DPI = 150
 _STYLE: Any = {
     "font.family": "DejaVu Sans",  # comes with matplotlib: the same picture everywhere
     "font.size": 9,
+    "text.parse_math": False,  # a class may be called $x$
     "text.color": INK,
     "axes.edgecolor": GREY,
     "axes.linewidth": 0.8,
@@ -53,7 +55,8 @@ def write_sheet(samples: list[Sample], colors: ColorStats, path: Path) -> None:
     """Write `sheet_figure` to `path` as a PNG, atomically; the same samples give the same bytes."""
     import matplotlib as mpl
 
-    with mpl.rc_context():
+    with mpl.rc_context(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # of a class's name: a box stands for it
         mpl.rcdefaults()  # whatever the user's matplotlibrc says
         mpl.rcParams.update(_STYLE)
         figure = sheet_figure(samples, colors)

@@ -3,6 +3,7 @@
 import io
 import shutil
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib as mpl
@@ -213,6 +214,12 @@ def test_the_same_samples_give_the_same_bytes_at_150_dots_per_inch(samples, colo
         assert image.format == "PNG" and image.width > 1500
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["a.png", "b.png", "below"]
     assert contactsheet._DPI == 150
+
+
+@pytest.mark.parametrize("name", ["$x_{$", "日本", "<b>\\frac"], ids=ascii)
+def test_a_class_may_be_called_anything_and_nothing_is_said_of_it(samples, colors, tmp_path, recwarn, name):
+    write_sheet([replace(samples[0], class_name=name)], colors, tmp_path / "sheet.png")
+    assert (tmp_path / "sheet.png").is_file() and not list(recwarn)
 
 
 def test_the_figure_of_the_readme_is_small_and_made_of_this(pytestconfig):
