@@ -1,8 +1,8 @@
 """What comes out of a graph: its batches, epoch after epoch, and what their numbers and draws say.
 
-The decision that shaped it: outputs are taken as they lie in DALI's memory and read a batch at a time, by NumPy and
-torch; as operators of the graph the same costs a tenth of the decoding. Labels are checked here, before a loss sees
-them. Left out: the graphs (graph.py), and what is made of their pixels (assemble.py).
+The decision that shaped it: pixels are taken as they lie in DALI's memory, and numbers are read a batch at a time, by
+NumPy and torch; as operators of the graph the same costs a tenth of the decoding. Labels are checked here, before a
+loss sees them. Left out: the graphs (graph.py), and what is made of their pixels (assemble.py).
 """
 
 import math
@@ -27,7 +27,7 @@ _LABEL_POWERS = 10 ** np.arange(CLS_DIGITS - 1, -1, -1)
 
 
 class Batches:
-    """The batches of a graph, endlessly, in DALI's own memory, handed over. It knows where its epoch ends.
+    """The batches of a graph, endlessly; pixels in DALI's own memory, handed over. It knows where its epoch ends.
 
     Every rank's part of an epoch is padded to the same number of batches, which end with its padding.
     """
@@ -68,10 +68,7 @@ class Batches:
         self._pipeline.release_outputs()
         self._pipeline.schedule_run()
         self._num_taken += 1
-        taken = {
-            name: output if name == "encoded" else torch.from_dlpack(output.as_tensor())
-            for name, output in zip(self._names, outputs, strict=True)
-        }
+        taken = {name: _hand_over(name, output) for name, output in zip(self._names, outputs, strict=True)}
         self._check_labels(taken["label"], taken["key"])
         return taken
 
@@ -98,6 +95,15 @@ class Batches:
     def checkpoint(self) -> bytes:
         """The graph's state after the batches taken, for train_pipeline."""
         return self._pipeline.checkpoint()
+
+
+def _hand_over(name: str, output: Any) -> Any:
+    if name == "encoded":
+        return output
+    if name == "pixels":
+        return torch.from_dlpack(output.as_tensor())
+    # Copied: beside a GPU they may lie in pinned memory, which torch does not take over.
+    return torch.from_numpy(np.array(output.as_tensor()))
 
 
 class Drawn(NamedTuple):
