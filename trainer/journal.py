@@ -62,8 +62,8 @@ class Journal:
                 folder = create_run(runs, name)
             self._lock = lock_run(folder)
             if not step:  # new, or begun anew since nothing of it was saved: with another number of epochs, say
+                write_config(folder, config)  # first: what is killed from here on is begun again in its folder
                 colors.save(folder)  # with the class names in `config`: the net can be used without its shards
-                write_config(folder, config)
             write_json(folder / ENVIRONMENT, environment())
             self._log = MetricsLog.open(
                 folder / METRICS, step if resume else None, print_line if voice == "json" else None, epoch=epoch

@@ -15,6 +15,7 @@ import torch
 from pipeline.errors import UserError
 from tests.trainer.nets import DEMO
 from trainer import checkpoint
+from trainer.cli_safety import find_begun
 from trainer.distributed import Ranks
 from trainer.evaluate import Errors
 from trainer.job import Job
@@ -352,6 +353,16 @@ def test_a_run_begun_anew_in_its_folder_has_the_new_configuration_and_one_gone_o
     assert read_config(first.folder) == {"shards": "two"}
     make_journal(tmp_path, first.folder, step=32, config={"shards": "three"}).close()
     assert read_config(first.folder) == {"shards": "two"}
+
+
+def test_a_run_killed_while_its_folder_is_filled_is_begun_again_in_it(tmp_path):
+    class Colors:
+        def save(self, _folder: Path) -> None:
+            raise SystemExit("killed")
+
+    with pytest.raises(SystemExit):
+        Journal(ALONE, tmp_path, "run", {}, Colors(), resume=None, step=0, epoch=1)
+    assert find_begun(tmp_path, "run") == tmp_path / "run"
 
 
 def test_two_processes_do_not_train_in_one_folder(tmp_path):
