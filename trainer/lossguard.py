@@ -23,6 +23,7 @@ from pipeline.errors import UserError
 from pipeline.manifest import KEY_DIGITS
 from trainer.distributed import Ranks, gather, reduce_sum
 from trainer.job import LOG_STEPS
+from trainer.runlog import CHECKPOINTS
 
 NONFINITE = "nonfinite.jsonl"  # in a run's folder
 _STUCK_MARGIN = 0.02  # of ln(classes): so close to it a loss is no better than guessing
@@ -76,9 +77,11 @@ class LossGuard:
         found = [number for number in gather(int(self._first), self._ranks) if number]
         first = min(found, default=self._step)
         where = self._save_keys(first, int(self._first) == first, "stopped")
+        is_saved = any((self._folder / CHECKPOINTS).glob("*.pt"))
+        kept = "the last checkpoint is kept" if is_saved else "no checkpoint had been saved yet"
         raise UserError(
             f"training loss is {loss} after step {self._step}, expected a finite number: step {first} was the first, "
-            f"its samples are in {where}; the last checkpoint is kept: try a lower --lr, or --on-nonfinite skip"
+            f"its samples are in {where}; {kept}: try a lower --lr, or --on-nonfinite skip"
         )
 
     def _save_keys(self, step: int, is_mine: bool, action: str) -> str:

@@ -56,6 +56,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_its_samples(ready_sha
     assert (line["step"], line["epoch"], line["action"]) == (3, 1, "stopped")
     assert line["ranks"] == [{"loss_finite": False, "keys": [f"{key:09d}" for key in seen[2]]}] and len(seen[2]) == 8
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == []  # nothing was made of ruined weights
+    assert "no checkpoint" in str(told.value) and "is kept" not in str(told.value)
 
 
 def remember(begin, seen: list):
