@@ -9,6 +9,7 @@ import io
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from shlex import quote
 
 import numpy as np
 from numpy.typing import NDArray
@@ -135,7 +136,7 @@ class ColorStats:
                 f"{folder}: is a URL, expected the folder that holds its files here: ShardSet.open(...).root"
             )
         folder = Path(folder)
-        path, remedy = folder / COLOR_FILE, f"run `alexnet-prep pca --shards {folder}`"
+        path, remedy = folder / COLOR_FILE, f"run `alexnet-prep pca --shards {quote(str(folder))}`"
         if not path.is_file():
             raise UserError(f"{path}: missing; {remedy}")
         raw = read_json(path)

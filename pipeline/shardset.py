@@ -8,6 +8,7 @@ sizes, index headers), so that what is wrong is said before anything starts. Lef
 import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING
 
 from pipeline.errors import UserError
@@ -52,7 +53,7 @@ class ShardSet:
             what = "unfinished or not a folder of shards" if root.is_dir() else "no such folder"
             raise UserError(
                 f"{root}: {what} (no {MANIFEST}); "
-                f"make it with `alexnet-prep shard SOURCE --out {root}`, or name another with --shards"
+                f"make it with `alexnet-prep shard SOURCE --out {quote(str(root))}`, or name another with --shards"
             )
         manifest = Manifest.parse(read_json(path), path)
         shards = cls(root, manifest)

@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 from dataclasses import asdict
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -57,7 +58,7 @@ def synth(folder: str, num_classes: int, num_train: int, num_val: int, seed: int
             on_progress=progress.advance,
         )
     console.say(f"{folder}: {num_classes} classes, {num_train} training and {num_val} validation images")
-    console.say(f"next: alexnet-prep shard {folder}")
+    console.say(f"next: alexnet-prep shard {quote(folder)}")
 
 
 def _check_limit(_context: click.Context, _parameter: click.Parameter, value: str) -> str:
@@ -183,7 +184,7 @@ def _print_summary(out: str, summary: "Summary") -> None:
         parts = ", ".join(map(str, summary.missing_parts))
         console.say(f"{summary.num_missing_shards} shards of other parts ({parts}) are still missing: no manifest yet")
         return
-    suffix = "" if out == os.environ.get(SHARDS_VARIABLE, DEFAULT_SHARDS) else f" --shards {out}"
+    suffix = "" if out == os.environ.get(SHARDS_VARIABLE, DEFAULT_SHARDS) else f" --shards {quote(out)}"
     console.say(f"next: alexnet-prep pca{suffix}")
 
 

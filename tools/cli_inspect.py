@@ -4,6 +4,7 @@ The decision that shaped it: flags and words only, as in cli.py, which adds `COM
 imports what it needs when it runs. Left out: the work itself.
 """
 
+import shlex
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -128,7 +129,7 @@ def _print_report(report: "Report") -> None:
         [(p.file, p.key, p.what, p.expected, REMEDIES[p.mend]) for p in report.problems],
     )
     if report.delete:
-        console.say("to mend, delete: " + " ".join(str(report.root / name) for name in report.delete))
+        console.say("to mend, delete: " + shlex.join(str(report.root / name) for name in report.delete))
     for number, command in enumerate(report.run):
         console.say(f"{'then' if number or report.delete else 'to mend,'} run: {command}")
 

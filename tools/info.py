@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from shlex import quote
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -172,12 +173,13 @@ def _read_index(shard: Shard, path: Path, ending: str) -> tuple[list[int], list[
 
 
 def _describe_colors(shards: ShardSet) -> dict[str, Any]:
+    remedy = f"alexnet-prep pca --shards {quote(str(shards.root))}"
     if not (shards.root / COLOR_FILE).is_file():
-        return {"state": "missing", "remedy": f"alexnet-prep pca --shards {shards.root}"}
+        return {"state": "missing", "remedy": remedy}
     try:
         stats = ColorStats.load(shards.root, shards.fingerprint)
     except UserError as error:
-        return {"state": "unusable", "remedy": f"alexnet-prep pca --shards {shards.root}", "reason": str(error)}
+        return {"state": "unusable", "remedy": remedy, "reason": str(error)}
     return {"state": "matching", "mean": stats.mean.tolist(), "std": stats.std.tolist()}
 
 

@@ -8,6 +8,7 @@ GPU may be. Left out: finding the facts (doctor.py, probes.py).
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
+from shlex import quote
 from typing import Literal
 
 from tools.probes import Facts
@@ -195,7 +196,7 @@ def _judge_shards(it: Facts, memory: Facts) -> Iterator[Check]:
         error = it["error"] if folder in it["error"] else f"{folder}: {it['error']}"
         yield Check("shards", "problem", error, "or name another folder with --shards")
     elif not it["exists"]:
-        yield Check("shards", "warning", f"{folder}: none yet", f"alexnet-prep shard SOURCE --out {folder}")
+        yield Check("shards", "warning", f"{folder}: none yet", f"alexnet-prep shard SOURCE --out {quote(folder)}")
     else:
         what = f"{it['num_samples']:,} images ({it['encoding']}) in {it['num_shards']:,} shards"
         yield Check("shards", "ok", f"{folder}: {what}, {_size(it['total_bytes'])}")

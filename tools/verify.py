@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import numpy as np
@@ -266,10 +267,10 @@ def _plan_mending(
     """Files to delete, then commands to run. A shard whose record is gone is made again; without a manifest a folder
     counts as unfinished; and a folder in which nothing says whose it is any more is refused."""
     mends = {problem.mend for problem in problems}
-    pca = f"alexnet-prep pca --shards {root}"
+    pca = f"alexnet-prep pca --shards {quote(str(root))}"
     if not mends & {"shard", "manifest", "job"}:
         return (), (pca,) if "colors" in mends else ()
-    again = f"alexnet-prep shard SOURCE --out {root}"
+    again = f"alexnet-prep shard SOURCE --out {quote(str(root))}"
     same = "  # the source and the options of before"
     bad = {Path(problem.file).stem for problem in problems if problem.mend == "shard"}
     then = (pca,) if COLOR_FILE in names else ()  # it goes with what it was computed on

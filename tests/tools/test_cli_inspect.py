@@ -1,6 +1,7 @@
 """`alexnet-prep info`, `verify` and `preview` as processes: what they print, where, and their exit statuses."""
 
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -83,6 +84,19 @@ def test_preview_writes_a_png_where_it_is_told(folder, tmp_path):
     assert done.stdout == f"written to preview.png: 2 val images of {folder}, drawn with seed 1\n"
     with Image.open(tmp_path / "preview.png") as image:
         assert image.format == "PNG"
+
+
+def test_commands_to_run_next_can_be_pasted_whatever_the_folder_is_called(folder):
+    mine = folder.rename(folder.parent / "my shards")
+    (mine / "color.json").unlink()
+    (mine / "train-000001.tar").unlink()
+    done = prep("verify", "--shards", mine, status=1).stdout.splitlines()
+    (deleted,) = (line.partition("delete: ")[2] for line in done if "to mend, delete: " in line)
+    assert shlex.split(deleted) == [str(mine / "manifest.json"), str(mine / "train-000001.json")]
+    (again,) = (line.partition("run: ")[2] for line in done if "run: alexnet-prep shard" in line)
+    assert shlex.split(again, comments=True) == ["alexnet-prep", "shard", "SOURCE", "--out", str(mine)]
+    error = prep("preview", "--shards", folder.parent / "other shards", status=1).stderr
+    assert f"--out '{folder.parent}/other shards'`" in error
 
 
 @pytest.mark.parametrize("command", ["info", "verify"])
