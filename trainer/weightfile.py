@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pipeline.errors import UserError
 
+_NPY = b"\x93NUMPY"
 MAX_BYTES = 8 << 30  # AlexNet at four times its width, the most that a recipe allows, has 4 GB
 
 
@@ -39,6 +40,12 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
                 return _read_npz(path), {}
         elif head[8:] == b"{" and int.from_bytes(head[:8], "little") < size:
             return _read_safetensors(path)
+        if head.startswith(_NPY):
+            raise UserError(
+                f"{path}: a NumPy array (.npy), in which lists of blobs are pickled, so it may hold code; expected an "
+                ".npz of arrays. If you trust it: d = np.load(FILE, allow_pickle=True, encoding='latin1').item(); "
+                "np.savez('alexnet.npz', **{k + c: a for k, v in d.items() for c, a in zip(('_w', '_b'), v)})"
+            )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a pickle's age: what cannot be read is told below
             loaded = torch.load(path, map_location="cpu", weights_only=True)

@@ -234,6 +234,11 @@ def broken_files(folder: Path) -> dict[str, tuple[bytes, str]]:
         np.savez(buffer, **arrays)
         return buffer.getvalue()
 
+    def npy(value: object) -> bytes:
+        buffer = io.BytesIO()
+        np.save(buffer, np.array(value, dtype=object), allow_pickle=True)
+        return buffer.getvalue()
+
     good = torchvision_net().state_dict()
     save_safetensors(folder / "good", Weights("good", PAPER, draw_state(PAPER, 4)))
     ours = (folder / "good").read_bytes()
@@ -250,6 +255,7 @@ def broken_files(folder: Path) -> dict[str, tuple[bytes, str]]:
         "code in torch's": (saved(Evil()), "holds more than tensors"),
         "objects": (zipped(conv1_w=np.array([Evil()], dtype=object)), "cannot be read as weights .*allow_pickle"),
         "list": (saved([torch.zeros(3)]), "not a state dict"),
+        "a .npy": (npy({"conv1": [np.zeros(3), np.zeros(3)]}), r"a NumPy array \(.npy\).*np.savez"),
         "others": (saved({"layer1.weight": torch.zeros(3)}), "tensors named layer1.weight; expected features.0.weight"),
         "shape": (
             saved({**good, "features.3.weight": torch.zeros(12, 4, 3, 3)}),
