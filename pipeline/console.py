@@ -6,6 +6,7 @@ rich and everything heavy is imported on use, so that `--help` stays instant. Le
 theirs.
 """
 
+import contextlib
 import errno
 import json
 import math
@@ -114,7 +115,7 @@ def _raise_terminated(_signal: int, _frame: FrameType | None) -> None:
 def _complain(line: str, status: int) -> int:
     if _debug:
         traceback.print_exc()
-    click.echo(line, err=True)
+    _remark(line)
     return status
 
 
@@ -147,14 +148,19 @@ def set_voice(voice: Voice) -> None:
 def note(text: str) -> None:
     """A remark about the work, to stderr; with another voice not at all, or as {"kind": "note", "text": ...}."""
     if _voice == "words":
-        click.echo(text, err=True)
+        _remark(text)
     elif _voice == "json":
         print_line({"kind": "note", "text": text})
 
 
 def warn(text: str) -> None:
     """What must be known with any voice, to stderr."""
-    click.echo(text, err=True)
+    _remark(text)
+
+
+def _remark(text: str) -> None:
+    with contextlib.suppress(OSError):  # whoever read it has left, or a log's disk is full: the work goes on
+        click.echo(text, err=True)
 
 
 def print_line(value: dict[str, Any]) -> None:

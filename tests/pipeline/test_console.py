@@ -98,6 +98,21 @@ def test_a_reader_that_leaves_is_no_traceback():
     assert process.returncode == 1
 
 
+@pytest.mark.parametrize("stderr", ["a full disk", "a reader that has left"])
+def test_a_remark_that_cannot_be_written_does_not_end_the_work(stderr):
+    if stderr == "a full disk":
+        descriptor = os.open("/dev/full", os.O_WRONLY)
+    else:
+        reader, descriptor = os.pipe()
+        os.close(reader)
+    program = "from pipeline import console; console.note('a'); console.warn('b'); console.say('done')"
+    try:
+        done = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=descriptor, text=True)
+    finally:
+        os.close(descriptor)
+    assert (done.stdout, done.returncode) == ("done\n", 0)
+
+
 def test_progress_draws_a_bar_on_a_terminal_and_no_control_codes_elsewhere():
     assert run("do", "progress").stderr == ""
     reader, terminal = pty.openpty()
