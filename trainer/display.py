@@ -35,7 +35,7 @@ class TrainDisplay:
         """So many steps of `epoch` are done. Called after each of them: it must cost nothing."""
 
     def record(self, record: Mapping[str, Any]) -> Standing:
-        """A record of training has been logged (runlog.TrainRecord). Returns where training stands."""
+        """A record of training has been logged (metricslog.TrainRecord). Returns where training stands."""
         standing = self._tally.add(record)
         self._show(standing)
         return standing

@@ -56,7 +56,7 @@ class Tally:
         self.best_error = None if math.isinf(best_error) else best_error
 
     def add(self, record: Mapping[str, Any]) -> Standing:
-        """Count a record of training (runlog.TrainRecord)."""
+        """Count a record of training (metricslog.TrainRecord)."""
         steps, self._last_step = record["step"] - self._last_step, record["step"]
         if record["epoch"] != self._epoch:
             self._epoch, self._weight, self._sums = record["epoch"], 0, [0.0, 0.0, 0.0]
