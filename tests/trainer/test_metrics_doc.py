@@ -5,7 +5,7 @@ import re
 from dataclasses import fields
 from pathlib import Path
 
-from trainer import metricslog
+from trainer.metricslog import EvalRecord, GpuFields, TrainRecord
 from trainer.tally import Standing
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,8 +37,8 @@ def calls(method):
 
 
 def test_every_field_of_the_records_is_documented_and_no_other():
-    assert set(table('`kind: "train"`')) == {*metricslog.TrainRecord.__annotations__, *metricslog.GpuFields.__annotations__}
-    assert set(table('`kind: "eval"`')) == set(metricslog.EvalRecord.__annotations__)
+    assert set(table('`kind: "train"`')) == {*TrainRecord.__annotations__, *GpuFields.__annotations__}
+    assert set(table('`kind: "eval"`')) == set(EvalRecord.__annotations__)
 
 
 def test_every_event_in_the_code_is_documented_with_its_fields():
