@@ -86,7 +86,7 @@ def count_step_bytes(recipe: Recipe, batch_size: int, num_classes: int = 1000) -
 
 
 class Trainee:
-    """A network in training, as train.py sets one up, and the times of its latest steps' parts."""
+    """A network in training, as run.py sets one up, and the times of its latest steps' parts."""
 
     def __init__(self, recipe: Recipe, num_classes: int, ranks: Ranks, clock: Clock = time.perf_counter) -> None:
         self.ranks, self.recipe, self._clock = ranks, recipe, clock

@@ -4,7 +4,7 @@ The decision that shaped it: a checkpoint is written beside its name, forced to 
 SHA-256 of its every byte, checked before anything is believed, so that neither a full disk nor a flipped bit can cost
 more than the time since the checkpoint before. The checksum is the comment of torch's zip archive, so torch.load reads
 the file as well. (The archive's own CRC-32s leave out its headers, and a flipped bit there can pass for other weights.)
-Reading never runs code: `weights_only=True`. Left out: what the state holds and when to save it (train.py).
+Reading never runs code: `weights_only=True`. Left out: what the state holds and when to save it (run.py, train.py).
 
 A state is a dict of tensors, dicts, lists, tuples, str, bytes, int, float, bool and None, nested at will. DALI's
 serialised reader state travels as the bytes or str DALI gives; NumPy scalars and arrays must become Python numbers

@@ -1,13 +1,12 @@
-"""Ranks: how they meet, agree, reduce and stop. One process is a world of one, without a process group.
+"""Ranks: how they meet, agree and reduce. One process is a world of one, without a process group.
 
 The decision that shaped it: whoever starts ranks (our launcher, torchrun, a cluster) says so in torch's own names,
 and `join` reads only those. GPUs reduce with NCCL, everything on the CPU with gloo. Left out: starting ranks
-(launch.py, slurm.py), exchanges within a step (exchange.py), and what is computed.
+(launch.py, slurm.py) and stopping them (signals.py), exchanges within a step (exchange.py), and what is computed.
 """
 
 import hashlib
 import os
-import signal
 import socket
 import time
 import uuid
@@ -16,7 +15,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from types import FrameType, TracebackType
 from typing import Any, Literal
 
 import torch
@@ -240,40 +238,3 @@ def gather(value: Any, ranks: Ranks) -> list[Any]:
     values: list[Any] = [None] * ranks.world_size
     dist.all_gather_object(values, value)
     return values
-
-
-class StopRequest:
-    """SIGINT and SIGTERM as a wish to stop, on which all ranks agree: `with StopRequest(ranks) as stop: ...`.
-
-    A second SIGINT is a KeyboardInterrupt, as ever; not under a launcher, which passes on what a terminal has sent to
-    all, and which ends its ranks itself.
-    """
-
-    def __init__(self, ranks: Ranks) -> None:
-        self._ranks, self._received = ranks, 0
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> "StopRequest":
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._previous[number] = signal.signal(number, self._receive)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _receive(self, number: int, _frame: FrameType | None) -> None:
-        if self._received and number == signal.SIGINT and not under_launcher():
-            raise KeyboardInterrupt
-        self._received = self._received or number
-
-    def status(self) -> int:
-        """0, or the exit status (130, 143) of the signal that any rank has received. Every rank must ask in step."""
-        number = self._received
-        if self._ranks.world_size > 1:
-            asked = torch.tensor(number)
-            dist.all_reduce(asked, op=dist.ReduceOp.MAX)  # on the CPU: the GPU's queue is not waited for
-            number = int(asked)
-        return 128 + number if number else 0

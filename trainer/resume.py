@@ -3,7 +3,7 @@
 The decision that shaped it: weights and velocity are saved whole, so any mode and any number of ranks can go on with
 them at the start of an epoch. Inside an epoch the order of the samples left is dealt to the ranks that began it, so
 another number of them is refused there, with the way back to the epoch's start. Left out: what a checkpoint holds
-(train.py).
+(run.py).
 """
 
 from collections.abc import Callable

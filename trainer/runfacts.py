@@ -1,7 +1,7 @@
 """What stands about a run in its config.json, what its ranks must have in common, and their random states.
 
 The decision that shaped it: all of it is read off what the run was asked for and what it has opened, so that the loop
-(train.py) need not know how it is put into words. Left out: the checkpoint's other contents (train.py).
+(train.py) need not know how it is put into words. Left out: the checkpoint's other contents (run.py).
 """
 
 import hashlib

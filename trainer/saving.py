@@ -5,7 +5,7 @@ memory that is kept from one save to the next, so it costs no page faults, and o
 order of the training's own work. At most one write is under way; it makes `step-NUMBER.pt`, then moves the names that
 point to it (`last.pt` at the end), then removes the oldest, so a kill at any moment leaves a whole checkpoint under
 every name. A write that fails costs only itself: it is told, and the next one tries again. Weights that are not finite
-are never saved. Left out: the file's format (checkpoint.py), what a state holds (train.py).
+are never saved. Left out: the file's format (checkpoint.py), what a state holds (run.py).
 
 Memory: one copy of weights and velocity on the first rank (488 MB for the paper's net), pinned if they are on a GPU.
 """

@@ -9,8 +9,9 @@ import torch
 from pipeline.errors import UserError
 from trainer import checkpoint
 from trainer.feed import Feeding
+from trainer.job import Job
 from trainer.recipe import RECIPES
-from trainer.train import Job, run_rank
+from trainer.train import run_rank
 
 RECIPE = replace(RECIPES["demo"], width=0.0625, global_batch_size=8, epochs=2)
 

@@ -30,7 +30,8 @@ import os, signal, sys, time
 import click, torch
 from pipeline import console
 from pipeline.errors import UserError
-from trainer.distributed import StopRequest, check_alike, gather, join, reduce_sum, restart_count
+from trainer.distributed import check_alike, gather, join, reduce_sum, restart_count
+from trainer.signals import StopRequest
 from trainer.launch import launch, run_as_rank
 
 def fail(how):

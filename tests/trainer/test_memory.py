@@ -7,7 +7,7 @@ import torch
 
 from pipeline.errors import UserError
 from tests.trainer.nets import DEMO
-from trainer import train
+from trainer import run, train
 from trainer.distributed import Ranks
 from trainer.job import Job
 from trainer.learner import Learner
@@ -101,12 +101,12 @@ def test_a_run_that_is_out_of_memory_says_which_batch_would_fit(ready_shards, tm
     device = Device(1000 * MIB, 900 * MIB, 10 * MIB)
     hook = torch.nn.Module.register_forward_pre_hook
 
-    class Small(train.Learner):
+    class Small(run.Learner):
         def __init__(self, *words) -> None:
             super().__init__(*words)
             hook(self.model, lambda _net, inputs: device.run(len(inputs[0])))
 
-    monkeypatch.setattr(train, "Learner", Small)
+    monkeypatch.setattr(run, "Learner", Small)
     monkeypatch.setattr(train, "GpuMeter", lambda: device)
     recipe = replace(DEMO, global_batch_size=32, epochs=1, schedule="milestones")
     job = Job(shards=str(ready_shards), runs=tmp_path, name="run", recipe=recipe, seed=0, use_gpu=False, num_threads=1)

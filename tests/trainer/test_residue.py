@@ -19,7 +19,8 @@ from dataclasses import replace
 from pathlib import Path
 from trainer.launch import launch
 from trainer.recipe import RECIPES
-from trainer.train import Job, run_rank
+from trainer.job import Job
+from trainer.train import run_rank
 if __name__ == "__main__":
     shards, runs, num_ranks, epochs = sys.argv[1:]
     recipe = replace(RECIPES["demo"], width=1 / 16, global_batch_size=8, epochs=int(epochs))

@@ -18,11 +18,12 @@ from pipeline.shardset import ShardSet
 from trainer import checkpoint
 from trainer.distributed import Ranks, gather, join
 from trainer.feed import TrainFeed
+from trainer.job import Job
 from trainer.launch import launch
 from trainer.parallel import Parallel
 from trainer.recipe import RECIPES
 from trainer.resume import check_resumable, choose_streams, find_launched
-from trainer.train import Job, run_rank
+from trainer.train import run_rank
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = replace(RECIPES["demo"], width=1 / 16, global_batch_size=8, epochs=1, schedule="milestones")
