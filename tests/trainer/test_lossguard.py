@@ -11,7 +11,7 @@ import torch
 from pipeline.errors import UserError
 from pipeline.loader import Batch
 from tests.trainer.nets import DEMO, PAPER
-from trainer import checkpoint, lossguard, train
+from trainer import checkpoint, lossguard, run, train
 from trainer.distributed import Ranks
 from trainer.job import Job, Safety
 from trainer.launch import launch
@@ -22,7 +22,7 @@ ALONE = Ranks(0, 1, torch.device("cpu"))
 RECIPE = replace(DEMO, global_batch_size=8, epochs=1, schedule="milestones")
 
 
-class Poisoned(train.TrainFeed):
+class Poisoned(run.TrainFeed):
     """Feeds images that are not numbers at some steps, on the last rank."""
 
     steps: tuple[int, ...] = (3,)
@@ -46,9 +46,9 @@ def read_lines(path: Path) -> list[dict]:
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_its_samples(ready_shards, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "TrainFeed", Poisoned)
+    monkeypatch.setattr(run, "TrainFeed", Poisoned)
     seen = []
-    monkeypatch.setattr(train.LossGuard, "begin", remember(train.LossGuard.begin, seen))
+    monkeypatch.setattr(run.LossGuard, "begin", remember(run.LossGuard.begin, seen))
     with pytest.raises(UserError, match=r"nan after step 8, .*: step 3 was the first, .*; .*--lr") as told:
         train.run_rank(make_job(ready_shards, tmp_path, "stop"))
     (line,) = read_lines(tmp_path / "run" / "nonfinite.jsonl")
@@ -68,7 +68,7 @@ def remember(begin, seen: list):
 
 
 def test_skipped_steps_are_counted_and_the_run_goes_on(ready_shards, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "TrainFeed", Poisoned)
+    monkeypatch.setattr(run, "TrainFeed", Poisoned)
     monkeypatch.setattr(Poisoned, "steps", (3, 5))
     assert train.run_rank(make_job(ready_shards, tmp_path, "skip")) == 0
     records = read_lines(tmp_path / "run" / "metrics.jsonl")
@@ -145,7 +145,7 @@ def test_keys_that_cannot_be_written_do_not_hide_the_loss(tmp_path):
 
 
 def train_poisoned(job: Job) -> int:
-    train.TrainFeed = Poisoned
+    run.TrainFeed = Poisoned
     try:
         return train.run_rank(job)
     except UserError as error:

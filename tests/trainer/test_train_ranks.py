@@ -32,16 +32,16 @@ TIMING = {"images_per_s", "data_wait_fraction", "time_s"}
 # alexnet-train, as if the machine had two GPUs; in epoch 2 the second rank dies, once, if told to.
 PROGRAM = """
 import os, signal
-from trainer import cli, distributed, train
+from trainer import cli, distributed, run
 
-class Feed(train.TrainFeed):
+class Feed(run.TrainFeed):
     def begin_epoch(self, epoch):
         super().begin_epoch(epoch)
         if epoch == 2 and "DIES" in os.environ and os.environ["RANK"] == "1" and not distributed.restart_count():
             os.kill(os.getpid(), signal.SIGKILL)
 
 cli.choose_devices = lambda _: (2, False)
-train.TrainFeed = Feed
+run.TrainFeed = Feed
 if __name__ == "__main__":
     cli.train()
 """

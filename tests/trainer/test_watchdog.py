@@ -20,7 +20,7 @@ TIMEOUT_S = 4
 # alexnet-train, as if the machine had so many GPUs; the last rank stops moving, in some way, somewhere.
 PROGRAM = """
 import os, signal, threading
-from trainer import cli, train, watchdog
+from trainer import cli, run, train, watchdog
 
 NUM_RANKS, HOW, WHERE = int(os.environ["NUM_RANKS"]), os.environ["HOW"], os.environ["WHERE"]
 
@@ -34,14 +34,14 @@ def this_never_returns():
         ctypes.PyDLL(None).sleep(1000)
     threading.Event().wait()
 
-class Feed(train.TrainFeed):
+class Feed(run.TrainFeed):
     def __iter__(self):
         for batch in super().__iter__():
             if WHERE == "step" and self.step == 5:
                 this_never_returns()
             yield batch
 
-class Shards(train.ShardSet):
+class Shards(run.ShardSet):
     @classmethod
     def open(cls, *words, **named):
         this_never_returns()
@@ -49,13 +49,13 @@ class Shards(train.ShardSet):
 
 if WHERE == "start":
     watchdog.START_S = 4
-    train.ShardSet = Shards
+    run.ShardSet = Shards
 if WHERE == "evaluation":
     evaluate = train.evaluate
     train.evaluate = lambda *words, **named: (evaluate(*words, **named), this_never_returns())[0]
 
 cli.choose_devices = lambda _: (NUM_RANKS, False)
-train.TrainFeed = Feed
+run.TrainFeed = Feed
 if __name__ == "__main__":
     cli.train()
 """
