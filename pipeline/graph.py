@@ -4,8 +4,8 @@ The decision that shaped it: a graph ends with uint8 pixels and the random draws
 function for every device (finish.py), so that graphs differ in one thing only, what they give of the pixels: decoded on
 the GPU, or there and on host cores at once; JPEGs as they are, for the host (hostpixels.py); or nothing, when pixels
 lie uncompressed in shards or in memory (stored.py). Every random operator has a seed of its own, so neither that choice
-nor switching one augmentation off changes the draws of the others. Left out: taking what a graph
-gives (batches.py); epochs, ranks and checkpoints (loader.py).
+nor switching one augmentation off changes the draws of the others. Left out: taking what a graph gives (batches.py);
+epochs, ranks and checkpoints (loader.py).
 """
 
 import hashlib

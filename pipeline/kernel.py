@@ -3,8 +3,8 @@
 The decision that shaped it: they are a faster way to the same bits, never needed: without libjpeg-turbo's headers
 simplejpeg decodes, without a C compiler torch computes, and tests compare them all. Compiled anew by every process
 (half a second), so there is nothing to keep, ship or distrust; without a limit of time, since a process that was frozen
-meanwhile would be left without them. Left out: what is computed (decode.c, finish.c, the
-trainer's native.c) and for what.
+meanwhile would be left without them. Left out: what is computed (decode.c, finish.c, the trainer's native.c) and for
+what.
 """
 
 import ctypes

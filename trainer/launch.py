@@ -149,10 +149,8 @@ def _name_end(status: int) -> str:
 def _run_child(function: Callable[..., int], arguments: tuple[Any, ...]) -> int:
     status = run_as_rank(function, *arguments)
     launcher = multiprocessing.parent_process()
-    if (
-        launcher is not None and not launcher.is_alive()
-    ):  # killed: its ranks have saved, but torch waits for it for ever
-        os._exit(status)
+    if launcher is not None and not launcher.is_alive():
+        os._exit(status)  # it was killed; this rank has saved, but torch would wait for it for ever
     return status
 
 
