@@ -42,6 +42,7 @@ class Failed(Exception):
 
 def serve(make: Callable[[str, dict[str, Any]], Contestant]) -> None:
     """The life of a child (argv: name, job as JSON): make the contestant, then answer calls until stdin ends."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it would not end those whose parent was killed
     replies = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # libraries print; the pipe is for replies alone
     name, job = sys.argv[1], json.loads(sys.argv[2])

@@ -227,11 +227,13 @@ def test_names_that_are_no_contestants_are_refused(rounds):
         rounds.choose(entries, "a,d")
 
 
-def test_a_parent_that_is_killed_leaves_no_stopped_child_behind(script, tmp_path):
+@pytest.mark.parametrize("on_hangup", ["SIG_DFL", "SIG_IGN"])  # as nohup has it
+def test_a_parent_that_is_killed_leaves_no_child_behind(script, tmp_path, on_hangup):
     import subprocess
 
     program = f"""
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGHUP, signal.{on_hangup})
 sys.path.insert(0, {str(ROOT / "benchmarks")!r})
 from pathlib import Path
 from children import Child
