@@ -104,8 +104,20 @@ def show_cursor() -> None:
     """Undo what a live display does to a terminal; for whoever ends the process, or one of its own, by force."""
     if not sys.stderr.closed and can_redraw():
         stream = getattr(sys.stderr, "rich_proxied_file", sys.stderr)  # a live display holds back what has no line end
-        stream.write(SHOW_CURSOR)
-        stream.flush()
+        with contextlib.suppress(OSError):  # the terminal was closed
+            stream.write(SHOW_CURSOR)
+            stream.flush()
+
+
+def leave_closed_terminal() -> None:
+    """From here on, what is written to a terminal that was closed is lost in silence: else every write fails."""
+    for stream in (1, 2):
+        try:
+            os.write(stream, b"")
+        except OSError:
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, stream)
+            os.close(null)
 
 
 def _raise_terminated(_signal: int, _frame: FrameType | None) -> None:

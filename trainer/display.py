@@ -5,6 +5,7 @@ terminal gets control codes, so that a log file reads like a log file; stdout be
 out: what is measured (train.py), what it adds up to (tally.py), and what is kept (runlog.py).
 """
 
+import contextlib
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -136,7 +137,8 @@ class TerminalDisplay(TrainDisplay):
 
     def epoch_done(self, epoch: int, summary: str) -> None:
         line = f"{_epoch(epoch, self._tally)}  {summary}"
-        self._live.console.print(line, markup=False, highlight=False)  # broken between words
+        with contextlib.suppress(OSError):  # the terminal was closed: training goes on
+            self._live.console.print(line, markup=False, highlight=False)  # broken between words
 
     def _show(self, standing: Standing) -> None:
         self.step(standing.epoch, standing.step_in_epoch)
@@ -146,7 +148,8 @@ class TerminalDisplay(TrainDisplay):
         self._lines[0].plain, self._lines[1].plain = "  ".join(said[:learnt]), "  ".join(said[learnt:])
 
     def _close(self) -> None:
-        self._live.stop()
+        with contextlib.suppress(OSError):
+            self._live.stop()
 
 
 _LEARNT = ("loss", "top-1", "top-5", "val.", "rate")

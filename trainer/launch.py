@@ -16,13 +16,16 @@ import time
 import traceback
 import uuid
 from collections.abc import Callable
+from multiprocessing import resource_tracker
 from types import FrameType
 from typing import Any
 
-from pipeline.console import STATUS_FAILED, explain_os_error, warn
+from pipeline.console import STATUS_FAILED, explain_os_error, leave_closed_terminal, warn
 from pipeline.errors import UserError
 from trainer.distributed import FAILURE, LAUNCH_ID, PEER_LOST, RESTART, is_first_to, is_peer_loss
+from trainer.signals import list_signals
 
+_STOPPED = (0, *(128 + number for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)))  # having saved
 STATUS_CRASHED, STATUS_PEER_LOST = 70, 75  # of a rank: a defect, whose traceback it has shown; another one is gone
 SAVE_S = 60  # from a signal to the end of all ranks by force
 END_S = 10  # from a rank's death to that; with one missing, the others have nothing left to do
@@ -34,18 +37,19 @@ def launch(function: Callable[..., int], arguments: tuple[Any, ...], num_ranks: 
     """Run `function` as `num_ranks` ranks of this machine under torch's elastic launcher; returns the exit status.
 
     A rank that dies takes the others down, within END_S; then all are started again, at most `max_restarts` times,
-    unless what failed was a UserError, which would only come again. SIGINT or SIGTERM to this process is passed on, so
-    that the ranks save and leave, within SAVE_S; a second one ends all at once.
+    unless what failed was a UserError, which would only come again. SIGINT, SIGTERM or SIGHUP to this process is passed
+    on, so that the ranks save and leave, within SAVE_S; a second one (but SIGHUP) ends all at once.
     """
     os.environ[LAUNCH_ID] = uuid.uuid4().hex
+    _start_tracker()
     restarts = 0
     while True:
         os.environ[RESTART] = str(restarts)
         watch = _Watch()
         status, rank = _launch_once(function, arguments, num_ranks, watch)
-        if watch.received and status in (0, 130, 143, -signal.SIGINT, -signal.SIGTERM):
+        if watch.received and (status in _STOPPED or 128 - status in _STOPPED):  # or too early to save
             return 128 + watch.received
-        if status in (0, 130, 143):
+        if status in _STOPPED:
             return status
         told = status in (STATUS_FAILED, STATUS_CRASHED)
         what = f"rank {rank} failed" if told else f"rank {rank} {_name_end(status)}"
@@ -55,6 +59,13 @@ def launch(function: Callable[..., int], arguments: tuple[Any, ...], num_ranks: 
             raise UserError(f"{what}; the last checkpoint is kept: go on with --resume, or start with --max-restarts N")
         restarts += 1
         warn(f"{what}: restart {restarts} of {max_restarts}, from the last checkpoint")
+
+
+def _start_tracker() -> None:
+    """multiprocessing's own helper ignores SIGINT and SIGTERM, but not that the terminal was closed."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    resource_tracker.ensure_running()
+    signal.signal(signal.SIGHUP, before)
 
 
 def _launch_once(
@@ -102,7 +113,7 @@ class _Watch:
         self._thread = threading.Thread(target=self._look_after, daemon=True)
 
     def __enter__(self) -> None:
-        self._previous = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)}
+        self._previous = {number: signal.signal(number, self._receive) for number in list_signals()}
         self._thread.start()
 
     def __exit__(self, *_: object) -> None:
@@ -113,6 +124,10 @@ class _Watch:
 
     def _receive(self, number: int, _frame: FrameType | None) -> None:
         ranks = multiprocessing.active_children()
+        if number == signal.SIGHUP:
+            leave_closed_terminal()
+            if self.received:  # the shell and the kernel may both send it
+                return
         if self.received or not ranks:
             for rank in ranks:
                 rank.kill()
@@ -148,10 +163,18 @@ def _name_end(status: int) -> str:
 
 def _run_child(function: Callable[..., int], arguments: tuple[Any, ...]) -> int:
     status = run_as_rank(function, *arguments)
-    launcher = multiprocessing.parent_process()
-    if launcher is not None and not launcher.is_alive():
-        os._exit(status)  # it was killed; this rank has saved, but torch would wait for it for ever
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # nothing is left to stop, and torch's launcher
+        signal.signal(number, signal.SIG_IGN)  # would wait for ever for a rank that dies while it waits to be asked
+    threading.Thread(target=_leave_with_launcher, args=(status,), daemon=True).start()
     return status
+
+
+def _leave_with_launcher(status: int) -> None:
+    """If it was killed: this rank has saved, but torch would have it wait to be asked for ever."""
+    launcher = multiprocessing.parent_process()
+    if launcher is not None:
+        launcher.join()
+        os._exit(status)
 
 
 def run_as_rank(function: Callable[..., int], *arguments: Any) -> int:

@@ -27,7 +27,7 @@ from trainer.watchdog import Watchdog
 
 
 def run_rank(job: Job) -> int:
-    """The whole run as seen by one rank. Returns the exit status: 0, or 130/143 when stopped by a signal."""
+    """The whole run as seen by one rank. Returns the exit status: 0, or 129/130/143 when stopped by a signal."""
     set_voice(job.voice)
     timeout_s = job.safety.timeout_s
     with (

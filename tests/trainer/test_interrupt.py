@@ -1,7 +1,8 @@
-"""Ctrl-C in a real terminal: the cursor is back, the settings of the line are as they were, the status is 130. And a
-signal that comes while a net is evaluated."""
+"""Ctrl-C in a real terminal: the cursor is back, the settings of the line are as they were, the status is 130. A
+terminal that is closed. And a signal that comes while a net is evaluated."""
 
 import errno
+import fcntl
 import io
 import os
 import pty
@@ -15,6 +16,7 @@ import pytest
 
 from pipeline import console
 from tests.trainer import commands
+from trainer import checkpoint
 
 BIN, ROOT = Path(sys.executable).parent, Path(__file__).resolve().parents[2]
 HIDE_CURSOR, SHOW_CURSOR = b"\x1b[?25l", b"\x1b[?25h"
@@ -62,7 +64,13 @@ if __name__ == "__main__":
 class Terminal:
     """A process on a terminal of its own, 100 columns wide; what it shows is kept."""
 
-    def __init__(self, words: list[str], cwd: Path) -> None:
+    def __init__(self, words: list[str], cwd: Path, on_hangup: signal.Handlers = signal.SIG_DFL) -> None:
+        def own_it() -> None:
+            fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+            signal.signal(signal.SIGHUP, on_hangup)
+            # a suite started in the background ignores SIGINT, and so would its children
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
         self._leader, follower = pty.openpty()
         termios.tcsetwinsize(follower, (30, 100))
         self.before = termios.tcgetattr(self._leader)
@@ -70,8 +78,7 @@ class Terminal:
         self.process = subprocess.Popen(
             words, cwd=cwd, stdin=follower, stdout=follower, stderr=follower, start_new_session=True,
             env={**variables, "TERM": "xterm-256color", "OMP_NUM_THREADS": "1"},
-            # a suite started in the background ignores SIGINT, and so would its children
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+            preexec_fn=own_it,
         )  # fmt: skip
         os.close(follower)
         self.shown = b""
@@ -84,6 +91,11 @@ class Terminal:
             except OSError as error:  # how Linux says that nobody is left
                 assert error.errno == errno.EIO
                 return
+
+    def close(self) -> int:
+        """As when its window is closed. Returns the status with which the process then ends."""
+        os.close(self._leader)
+        return self.process.wait(timeout=120)
 
     def wait(self) -> None:
         self.read_until(b"\0 never shown")
@@ -103,6 +115,21 @@ def test_ctrl_c_leaves_the_terminal_as_it_was_and_says_how_to_go_on(ready_shards
     said = terminal.shown.decode()
     assert "epoch 1/50" in said and "total" in said and "waiting for data" in said
     assert "go on with: alexnet-train --resume runs/demo" in said.replace("\r\n", " ")
+
+
+@pytest.mark.parametrize(("on_hangup", "status"), [(signal.SIG_DFL, 129), (signal.SIG_IGN, 0)], ids=["", "under nohup"])
+def test_a_terminal_that_is_closed_ends_training_saved_and_under_nohup_it_goes_on(
+    ready_shards, finished, tmp_path, on_hangup, status
+):
+    words = [str(BIN / "alexnet-train"), "--shards", str(ready_shards), *commands.NARROW]
+    terminal = Terminal(words, tmp_path, on_hangup)
+    terminal.read_until(b"epoch 1/3  top-1 error")
+    assert terminal.close() == status
+    saved = checkpoint.load(tmp_path / "runs" / "demo" / "checkpoints" / "last.pt")
+    assert saved["step"] < 96 if status else saved["step"] == 96
+    if status:
+        commands.run("alexnet-train", "--resume", "demo", cwd=tmp_path)
+    commands.assert_same_run(tmp_path / "runs" / "demo", finished)
 
 
 @pytest.mark.parametrize("num_ranks", [1, pytest.param(2, marks=pytest.mark.slow)])

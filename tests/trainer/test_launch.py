@@ -23,11 +23,14 @@ from trainer.recipe import RECIPES
 
 ROOT = Path(__file__).resolve().parents[2]
 END_S, START_S = 30, 120
+# as in a terminal; a suite started by nohup, or in the background, ignores them, and so would its children
+HANDLERS = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
 
 # Ranks that fail in the way their first argument names, under the launcher of `alexnet-train --gpus`.
 PROGRAM = """
 import os, signal, sys, time
 import click, torch
+from torch.distributed.elastic.multiprocessing.api import MultiprocessContext
 from pipeline import console
 from pipeline.errors import UserError
 from trainer.distributed import check_alike, gather, join, reduce_sum, restart_count
@@ -68,12 +71,27 @@ def fail(how):
         reduce_sum(torch.zeros(1), ranks)  # waits for the one that is gone
     return 0
 
+def signal_all_when_done():
+    is_done = MultiprocessContext._is_done
+
+    def ask(context):
+        done = is_done(context)
+        if done:
+            for pid in context.pids().values():
+                os.kill(pid, signal.SIGTERM)
+            time.sleep(1)  # for a rank to die of it, if it does
+        return done
+
+    MultiprocessContext._is_done = ask
+
 @click.command()
 @click.argument("how")
 @click.option("--max-restarts", default=0)
 def command(how, max_restarts):
     if "RANK" in os.environ:
         return run_as_rank(fail, how)
+    if how == "late":
+        signal_all_when_done()
     return launch(fail, (how,), 2, max_restarts)
 
 if __name__ == "__main__":
@@ -101,7 +119,7 @@ def start(*words: object, **changes: str) -> subprocess.Popen:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        preexec_fn=lambda: [signal.signal(n, h) for n, h in HANDLERS.items()],
     )
 
 
@@ -166,7 +184,7 @@ def test_a_job_whose_rank_died_is_started_again_when_asked(program):
 
 
 @pytest.mark.parametrize("to_all", [False, True], ids=["to the launcher", "to all, as a terminal does"])
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_lets_every_rank_save(program, number, status, to_all):
     process = start(program, "signal")
     wait_for(process, "all listen")
@@ -174,6 +192,13 @@ def test_a_signal_lets_every_rank_save(program, number, status, to_all):
     out, errors = finish(process, status)
     assert out.count("saves") == 2 and "Traceback" not in errors, errors
     assert errors.count("the ranks save and leave; a second one ends them at once") == 1, errors
+
+
+def test_a_signal_to_ranks_that_have_returned_changes_nothing(program):
+    process = start(program, "late")
+    wait_for(process, "all have met")
+    _, errors = finish(process, 0)
+    assert errors == ""
 
 
 def test_a_second_signal_ends_ranks_that_do_not_stop(program):
