@@ -233,7 +233,8 @@ class Progress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._bar is not None:
-            self._bar.stop()
+            with contextlib.suppress(OSError):  # the terminal was closed: the work went on
+                self._bar.stop()
 
     def advance(self, amount: int, **notes: str) -> None:
         """Count `amount` more as done; `notes` are shown beside the rate."""

@@ -126,6 +126,24 @@ def test_progress_draws_a_bar_on_a_terminal_and_no_control_codes_elsewhere():
     assert b"\x1b[" in shown and b"4/4" in shown and b"failures 0" in shown
 
 
+def test_work_goes_on_though_the_terminal_of_its_bar_was_closed():
+    program = (
+        "import os\nfrom pipeline.console import Progress, say\n"
+        "with Progress('work', 4, 'images') as progress:\n"
+        "    os.write(1, b'begun ')\n    os.read(0, 1)\n    progress.advance(4)\n"
+        "say('done')\n"
+    )
+    reader, terminal = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=terminal,
+        env={**os.environ, "TERM": "xterm"},
+    )  # fmt: skip
+    os.close(terminal)
+    assert os.read(process.stdout.fileno(), 6) == b"begun "
+    os.close(reader)
+    assert process.communicate(b"!")[0] == b"done\n"
+
+
 def test_without_a_terminal_progress_is_a_plain_line_now_and_then(capsys, monkeypatch):
     now_s = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now_s[0])
