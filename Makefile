@@ -16,8 +16,9 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8
 
+# The long tests one at a time: some measure.
 test-all: test
 	$(BIN)/python -m pytest -m slow
 
