@@ -198,11 +198,11 @@ def measure_command(samples: int, width: float, shards: str, stop: bool) -> dict
 
         setattr(owner, name, watched)
 
-    from trainer import checkpoint, learner, train
+    from trainer import learner, run, train
 
     watch(learner.Learner, "step", "step")
     watch(train, "evaluate", "evaluate")
-    watch(checkpoint, "save", "save")
+    watch(run.Run, "save", "save")  # what training waits for: the file is written beside it
     started = float(os.environ["GROWTH_STARTED"])
     with tempfile.TemporaryDirectory() as runs:
         sys.argv = ["alexnet-train", "--shards", shards, "--runs", runs, "--gpus", "0", "--epochs", "2"]
