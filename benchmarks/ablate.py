@@ -27,9 +27,9 @@ from machine import describe_machine
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from pipeline.errors import UserError  # noqa: E402
-from pipeline.files import read_json, write_json  # noqa: E402
-from pipeline.shardset import ShardSet  # noqa: E402
+from pipeline.common.errors import UserError  # noqa: E402
+from pipeline.common.files import read_json, write_json  # noqa: E402
+from pipeline.shards import ShardSet  # noqa: E402
 from trainer.recipe import RECIPES, Recipe, override, to_dict  # noqa: E402
 
 VERDICTS = "verdicts.json"
@@ -186,7 +186,7 @@ def judge(run: Run, shards: ShardSet, num_threads: int | None = None) -> dict[st
     """
     import torch
 
-    from pipeline.colorstats import ColorStats
+    from pipeline.colors import ColorStats
     from trainer.checkpoint import load
     from trainer.distributed import Ranks
     from trainer.evaluate import choose_dtype, log_probabilities, make_eval_loader

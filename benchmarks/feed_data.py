@@ -25,7 +25,7 @@ COPIES = 64  # of the set in the list of shards (links): so that an epoch's end 
 
 def prepare_data(options: argparse.Namespace, root: Path) -> dict[str, Any]:
     """Shards of 256x256 q90 JPEGs and of the same pixels raw, colours, samples as plain files; kept in `root`."""
-    from pipeline.shardset import ShardSet
+    from pipeline.shards import ShardSet
     from tools.sharder import make_shards
     from tools.sources import open_source
 
@@ -103,7 +103,7 @@ def read_member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
 
 def repeat_shards(once: Any, out: Path) -> None:
     """The same shards COPIES times, as links: reading them costs what it costs, and an epoch is long."""
-    from pipeline.files import write_json
+    from pipeline.common.files import write_json
     from pipeline.manifest import MANIFEST
 
     out.mkdir()
@@ -120,8 +120,8 @@ def repeat_shards(once: Any, out: Path) -> None:
 
 def compute_colors(once: Any, folders: Sequence[Path], num_threads: int) -> Any:
     """The colours of one copy, saved in each folder of shards under that folder's own fingerprint."""
-    from pipeline.console import Progress
-    from pipeline.shardset import ShardSet
+    from pipeline.common.console import Progress
+    from pipeline.shards import ShardSet
     from tools.pca import compute
 
     with Progress("pca", once.num_samples("train"), "images") as progress:

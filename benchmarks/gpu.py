@@ -23,11 +23,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pipeline.colorstats import ColorStats
-from pipeline.console import note, print_table
-from pipeline.errors import UserError
+from pipeline.colors import ColorStats
+from pipeline.common.console import note, print_table
+from pipeline.common.errors import UserError
 from pipeline.loader import TrainLoader
-from pipeline.shardset import ShardSet
+from pipeline.shards import ShardSet
 from trainer.bench import Rate, alternate, gpu_memory_bytes
 from trainer.bench_feed import endless, loader_task
 from trainer.bench_step import Trainee, count_step_flops, make_batch, product_task, step_task, train_task

@@ -18,10 +18,10 @@ SAMPLES_PER_SHARD, NUM_PICTURES, SIZE_PX = 5000, 16, 256
 
 def make_shards(folder: Path, num_samples: int, num_classes: int, num_val: int) -> None:
     """A folder of shards, complete but for the truth of its checksums: nothing here reads the data to check them."""
-    from pipeline.colorstats import ColorStats
-    from pipeline.files import write_json
+    from pipeline.colors import ColorStats
+    from pipeline.common.files import write_json
     from pipeline.manifest import MANIFEST, SCHEMA, ClassEntry, Manifest, Shard
-    from pipeline.shardset import ShardSet
+    from pipeline.shards import ShardSet
 
     folder.mkdir(parents=True)
     shards = []

@@ -11,8 +11,8 @@ from prepare_pool import Job, Timed, read_tar
 
 NUM_STAGE_PASSES = 4
 STAGES = {  # functions of ours that make up a stage, by the names they are looked up under
-    "decode": "pipeline.imaging.decode",
-    "resize and crop": "pipeline.imaging.to_square",
+    "decode": "pipeline.images.resize.decode",
+    "resize and crop": "pipeline.images.resize.to_square",
     "encode": "tools.hostcodec.encode",
 }
 

@@ -24,11 +24,11 @@ from torch.nn import functional
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from pipeline.colorstats import ColorStats  # noqa: E402
-from pipeline.errors import UserError  # noqa: E402
-from pipeline.files import write_atomic  # noqa: E402
+from pipeline.colors import ColorStats  # noqa: E402
+from pipeline.common.errors import UserError  # noqa: E402
+from pipeline.common.files import write_atomic  # noqa: E402
 from pipeline.loader import EvalLoader, TrainLoader, read_pixels  # noqa: E402
-from pipeline.shardset import ShardSet  # noqa: E402
+from pipeline.shards import ShardSet  # noqa: E402
 from trainer import checkpoint  # noqa: E402
 from trainer.drawing import BLUE, GREEN, GREY, ORANGE, VERMILION, style  # noqa: E402
 from trainer.evaluate import count_errors  # noqa: E402

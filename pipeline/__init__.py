@@ -1,26 +1,26 @@
 """Shards on disk -> batches on the device. `from pipeline import ShardSet, ColorStats, TrainLoader, EvalLoader`.
 
-Names are resolved on first use, so that `import pipeline.console` does not pull in DALI and torch.
+Names are resolved on first use, so that `import pipeline.common.console` does not pull in DALI and torch.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pipeline.colorstats import ColorStats
-    from pipeline.errors import UserError
+    from pipeline.colors import ColorStats
+    from pipeline.common.errors import UserError
     from pipeline.loader import Batch, EvalLoader, TrainLoader
-    from pipeline.shardset import ShardSet
+    from pipeline.shards import ShardSet
 
 __all__ = ["Batch", "ColorStats", "EvalLoader", "ShardSet", "TrainLoader", "UserError"]
 
 _HOME = {
     "Batch": "pipeline.loader",
-    "ColorStats": "pipeline.colorstats",
+    "ColorStats": "pipeline.colors",
     "EvalLoader": "pipeline.loader",
-    "ShardSet": "pipeline.shardset",
+    "ShardSet": "pipeline.shards",
     "TrainLoader": "pipeline.loader",
-    "UserError": "pipeline.errors",
+    "UserError": "pipeline.common.errors",
 }
 
 

@@ -14,13 +14,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.colorstats import ColorStats
+from pipeline.colors import ColorStats
 from pipeline.finish import CROP_SIZE_PX, GpuFinisher, Transform, Views
 from pipeline.graph import Feed
 from pipeline.hostfinish import CpuFinisher, make_finisher
 from pipeline.hostpixels import HostPixels, ReadRows
 from pipeline.manifest import IMAGE_SIZE_PX
-from pipeline.shardset import ShardSet
+from pipeline.shards import ShardSet
 from pipeline.stored import ROW_BYTES, MemoryPixels, choose_memory
 from pipeline.threads import Job, begin_all, start_threads
 

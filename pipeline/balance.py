@@ -11,9 +11,9 @@ from dataclasses import replace
 
 import torch
 
-from pipeline.console import note
+from pipeline.common.console import note
 from pipeline.graph import Feed, eval_pipeline
-from pipeline.shardset import ShardSet
+from pipeline.shards import ShardSet
 
 _WARM_UP_BATCHES = 4
 _NUM_BATCHES = 16

@@ -20,10 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from pipeline.colorstats import COLOR_FILE, MEAN_IMAGE_FILE
-from pipeline.errors import UserError
+from pipeline.colors import COLOR_FILE, MEAN_IMAGE_FILE
+from pipeline.common.errors import UserError
+from pipeline.common.files import write_atomic
 from pipeline.fetch import NUM_CONNECTIONS, Fetcher, gib, is_kept
-from pipeline.files import write_atomic
 from pipeline.manifest import MANIFEST, Manifest, Shard, index_header
 from pipeline.origin import Origin
 

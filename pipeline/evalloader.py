@@ -15,14 +15,14 @@ from torch import Tensor
 
 from pipeline.assemble import Assemble, Batch, InFlight, make_assembler, run_ahead
 from pipeline.batches import NUMBERS, Batches, read_number
-from pipeline.colorstats import ColorStats
-from pipeline.errors import UserError
+from pipeline.colors import ColorStats
+from pipeline.common.errors import UserError
 from pipeline.feeding import DecodeOption, check_kinds, check_ranks, count_threads, make_feed
 from pipeline.finish import CENTRE_PX, CROP_SIZE_PX, FIVE_OFFSETS_PX, Transform, Views
 from pipeline.graph import Feed, eval_pipeline
 from pipeline.hostpixels import HostPixels
 from pipeline.manifest import IMAGE_SIZE_PX, SPLITS
-from pipeline.shardset import ShardSet
+from pipeline.shards import ShardSet
 from pipeline.threads import Job, begin_all, start_threads
 
 

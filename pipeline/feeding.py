@@ -11,10 +11,10 @@ from typing import Literal
 
 import torch
 
-from pipeline.colorstats import ColorStats
-from pipeline.errors import UserError
+from pipeline.colors import ColorStats
+from pipeline.common.errors import UserError
 from pipeline.graph import Decode, Feed
-from pipeline.shardset import ShardSet
+from pipeline.shards import ShardSet
 
 DecodeOption = Literal["auto", "host", "mixed", "hybrid"]
 _DECODERS = ("auto", "host", "mixed", "hybrid")

@@ -19,8 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import UserError
-from pipeline.files import write_json
+from pipeline.common.errors import UserError
+from pipeline.common.files import write_json
 from pipeline.manifest import Shard
 from pipeline.origin import Origin
 

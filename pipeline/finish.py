@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.colorstats import ORIGINAL_DIVISOR, ColorStats
-from pipeline.console import note
-from pipeline.errors import UserError
+from pipeline.colors import ORIGINAL_DIVISOR, ColorStats
+from pipeline.common.console import note
+from pipeline.common.errors import UserError
 from pipeline.manifest import IMAGE_SIZE_PX
 
 CROP_SIZE_PX = 224

@@ -18,11 +18,11 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.errors import UserError
+from pipeline.common.errors import UserError
 from pipeline.finish import CROP_SIZE_PX, MAX_OFFSET_PX, Transform
 from pipeline.indexfile import check_index, find_damage
 from pipeline.manifest import CLS_DIGITS, ENDINGS, IMAGE_SIZE_PX, KEY_DIGITS
-from pipeline.shardset import ShardSet
+from pipeline.shards import ShardSet
 
 try:
     from nvidia.dali import fn, types

@@ -19,8 +19,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.colorstats import ColorStats
-from pipeline.errors import UserError
+from pipeline.colors import ColorStats
+from pipeline.common.errors import UserError
 from pipeline.finish import CROP_SIZE_PX, Constants, GpuFinisher, Transform, Views
 from pipeline.kernel import MESSAGE_BYTES, Kernel, load_kernel
 from pipeline.threads import Job, begin_all, start_threads

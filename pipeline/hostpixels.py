@@ -16,10 +16,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.errors import UserError
+from pipeline.common.errors import UserError
 from pipeline.graph import Feed
 from pipeline.manifest import IMAGE_SIZE_PX
-from pipeline.shardset import ShardSet
+from pipeline.shards import ShardSet
 from pipeline.stored import ROW_BYTES, SAMPLE_BYTES, SAMPLE_SHAPE, SampleTable
 
 # Fill rows uint8 (n, 256, 3) with those of the i-th image of a batch from row `top` on.

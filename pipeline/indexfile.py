@@ -10,9 +10,9 @@ import re
 from functools import cache
 from pathlib import Path
 
-from pipeline.errors import UserError
+from pipeline.common.errors import UserError
 from pipeline.manifest import CLS_DIGITS, ENDINGS, KEY_DIGITS, Shard, index_header
-from pipeline.shardset import ShardSet
+from pipeline.shards import ShardSet
 
 _BLOCK_BYTES = 512  # of a tar: each member has a header before it, and begins at a multiple
 _REMEDY = "restore it, or run `alexnet-prep shard` again with --force"

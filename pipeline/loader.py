@@ -3,7 +3,7 @@
 The decision that shaped it: the epoch is ours, the samples are DALI's. Every rank's reader pads its part to the same
 number of batches, and the loader stops before the padding, so that ranks take equal steps. Left out: what is done to
 the pixels (graph.py, assemble.py, finish.py), what the options mean (feeding.py), and where shards come from
-(shardset.py, readahead.py).
+(shards.py, readahead.py).
 """
 
 import json
@@ -19,8 +19,8 @@ from torch import Tensor
 from pipeline.assemble import Batch, InFlight, make_assembler
 from pipeline.balance import find_host_share
 from pipeline.batches import DRAWN, NUMBERS, Batches, Drawn, read_draws
-from pipeline.colorstats import ColorStats
-from pipeline.errors import UserError
+from pipeline.colors import ColorStats
+from pipeline.common.errors import UserError
 from pipeline.evalloader import EvalLoader, read_pixels
 from pipeline.feeding import (
     DecodeOption,
@@ -35,7 +35,7 @@ from pipeline.finish import Transform, Views
 from pipeline.graph import GRAPH_VERSION, count_buffered, stream_seed, train_pipeline
 from pipeline.manifest import KEY_DIGITS
 from pipeline.readahead import Gate, ShardOrder
-from pipeline.shardset import ShardSet
+from pipeline.shards import ShardSet
 from pipeline.threads import Job
 
 __all__ = ["Batch", "Draws", "EvalLoader", "TrainLoader", "read_pixels"]

@@ -2,7 +2,7 @@
 
 The decision that shaped it: the manifest is the completion mark. It is written last, atomically, and names every
 shard with its size and checksum; a folder without one is unfinished, whatever else lies in it. Whatever is read from a
-file is checked here before anybody uses it. Left out: the folder itself (shardset.py). Standard library only.
+file is checked here before anybody uses it. Left out: the folder itself (shards.py). Standard library only.
 """
 
 import re
@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import UserError
+from pipeline.common.errors import UserError
 
 SCHEMA = 1
 IMAGE_SIZE_PX = 256

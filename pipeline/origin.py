@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from pipeline.errors import UserError
+from pipeline.common.errors import UserError
 
 BACKOFF_S = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)  # between attempts at a range of a shard: half a minute of patience
 OPENING_BACKOFF_S = (0.5, 1.0)  # somebody is waiting for an answer

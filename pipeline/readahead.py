@@ -12,7 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from pipeline.shardset import ShardSet
+from pipeline.shards import ShardSet
 
 # Batches that may be in work beyond those the executor has queued: the reader's own queue (1), the one being read, and
 # one for safety. More only means that the gate opens a little later.

@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipeline.console import note
-from pipeline.errors import UserError
+from pipeline.common.console import note
+from pipeline.common.errors import UserError
 from pipeline.manifest import ENDINGS, IMAGE_SIZE_PX
-from pipeline.shardset import ShardSet
+from pipeline.shards import ShardSet
 
 SAMPLE_SHAPE = (IMAGE_SIZE_PX, IMAGE_SIZE_PX, 3)
 ROW_BYTES = IMAGE_SIZE_PX * 3

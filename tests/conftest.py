@@ -36,8 +36,8 @@ def shard_dir(synth_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 @pytest.fixture(scope="session")
 def ready_shards(shard_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of `shard_dir` with its colour statistics: what training and evaluation read."""
-    from pipeline.console import Progress  # here: the modules below take seconds to import
-    from pipeline.shardset import ShardSet
+    from pipeline.common.console import Progress  # here: the modules below take seconds to import
+    from pipeline.shards import ShardSet
     from tools.pca import compute
 
     out = tmp_path_factory.mktemp("ready") / "shards"

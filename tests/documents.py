@@ -25,7 +25,7 @@ from pathlib import Path
 import click
 from markdown_it import MarkdownIt
 
-from pipeline import console
+from pipeline.common import console
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from pipeline.imaging import read_square
+from pipeline.images.resize import read_square
 from tests import oracle
 
 SIDE = 256

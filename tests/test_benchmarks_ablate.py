@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.errors import UserError
+from pipeline.common.errors import UserError
 from trainer.recipe import RECIPES, override
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -79,7 +79,7 @@ def test_every_effect_changes_the_fields_it_names_and_no_other(ablate):
 
 @pytest.mark.slow
 def test_the_table_has_the_errors_that_alexnet_eval_counts(ablation, ready_shards):
-    from pipeline.shardset import ShardSet
+    from pipeline.shards import ShardSet
     from trainer.distributed import Ranks
     from trainer.ensemble import evaluate_nets, summarise
     from trainer.weights import load_run
@@ -115,7 +115,7 @@ def test_finished_runs_are_not_made_again(ablation, ready_shards):
 
 
 def test_a_folder_with_runs_of_other_settings_is_refused(ablate, ablation, ready_shards):
-    from pipeline.shardset import ShardSet
+    from pipeline.shards import ShardSet
 
     settings = ["width=0.0625", "global_batch_size=16"]
     for extra, message in (([], None), (["lr=0.1"], r"base-s0: holds a run of another recipe; choose another --out")):

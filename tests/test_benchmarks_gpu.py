@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.colorstats import ColorStats
+from pipeline.colors import ColorStats
 from pipeline.loader import TrainLoader
-from pipeline.shardset import ShardSet
+from pipeline.shards import ShardSet
 from tests.pipeline.loading import make_raw
 
 SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "gpu.py"

@@ -13,8 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.colorstats import ColorStats
-from pipeline.shardset import ShardSet
+from pipeline.colors import ColorStats
+from pipeline.shards import ShardSet
 from tests import oracle
 from trainer import checkpoint
 from trainer.metricslog import MetricsLog

@@ -66,7 +66,7 @@ def test_every_file_of_the_packages_is_in_the_wheel(wheel):
         for path in (ROOT / package).rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
     }
-    assert {"pipeline/decode.c", "pipeline/finish.c", "trainer/native.c", "pipeline/ilsvrc2012.txt"} <= wanted
+    assert {"pipeline/decode.c", "pipeline/finish.c", "trainer/native.c", "pipeline/images/ilsvrc2012.txt"} <= wanted
     assert wanted - inside == LEFT_OUT
     assert not any(name.startswith(("tests/", "benchmarks/", "docs/")) for name in inside)
 
@@ -103,7 +103,7 @@ def test_an_installed_wheel_makes_shards_by_its_own_files(installed, tmp_path):
     ):
         subprocess.run([*prep, *words], cwd=tmp_path, env=environment, check=True, capture_output=True, timeout=120)
     where = subprocess.run(
-        [str(installed / "python"), "-c", "import pipeline.finish, pipeline.names; print(pipeline.names.__file__)"],
+        [str(installed / "python"), "-c", "import pipeline.images.imagenet as found; print(found.__file__)"],
         cwd=tmp_path, env=environment, check=True, capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     assert where.stdout.startswith(str(installed.parent))

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pipeline import console
-from pipeline.errors import UserError
+from pipeline.common import console
+from pipeline.common.errors import UserError
 from pipeline.manifest import ENDINGS
 from tools.cli_inspect import COMMANDS, DEFAULT_SHARDS, SHARDS_VARIABLE
 from tools.layouts import LAYOUTS
 
 if TYPE_CHECKING:
-    from pipeline.colorstats import ColorStats
+    from pipeline.colors import ColorStats
     from tools.hostcodec import Encoding
     from tools.lock import Part
     from tools.preparer import Device
@@ -207,7 +207,7 @@ def pca(shards: str, device: str, threads: int | None, as_json: bool) -> None:
 
     Writes color.json and mean_image.npy beside the shards; training needs both.
     """
-    from pipeline.shardset import ShardSet
+    from pipeline.shards import ShardSet
 
     opened = ShardSet.open(shards)  # before the imports below, which take seconds
     from tools.engines import count_cpus

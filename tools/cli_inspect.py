@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pipeline import console
-from pipeline.errors import UserError
+from pipeline.common import console
+from pipeline.common.errors import UserError
 
 if TYPE_CHECKING:
     from tools.verify import Report
@@ -165,8 +165,8 @@ def preview(shards: str, out: str, num_samples: int, split: str, seed: int) -> N
     """
     from pathlib import Path
 
-    from pipeline.colorstats import ColorStats
-    from pipeline.shardset import ShardSet
+    from pipeline.colors import ColorStats
+    from pipeline.shards import ShardSet
 
     path = Path(out)
     if path.suffix.lower() != ".png" or path.is_dir():

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.colorstats import ColorStats
-from pipeline.files import write_atomic
+from pipeline.colors import ColorStats
+from pipeline.common.files import write_atomic
 from tools.preview import Sample, View
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
-from pipeline.errors import UserError
+from pipeline.common.errors import UserError
 from tools.engines import count_cpus, use_one_thread
 
 POLL_S = 0.2

@@ -16,7 +16,7 @@ from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple, TypeVar, cast
 
-from pipeline.errors import UserError
+from pipeline.common.errors import UserError
 
 Unit = TypeVar("Unit")
 Update = TypeVar("Update")

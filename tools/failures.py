@@ -1,7 +1,7 @@
 """Images that could not be used: what is known of each, and how many are too many.
 
 The decision that shaped it: a failure is data, never silence and never the end of the job by itself; a limit that the
-user sets decides when a source is too broken to go on. Left out: what makes an image fail (pipeline/decoding.py).
+user sets decides when a source is too broken to go on. Left out: what makes an image fail (pipeline/images/decode.py).
 """
 
 import json
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import NamedTuple
 
-from pipeline.errors import UserError
+from pipeline.common.errors import UserError
 
 _NUM_NAMED = 3
 

@@ -3,7 +3,7 @@
 The decision that shaped it: the GPU gets the files that are in order and the CPU the odd ones (other formats, CMYK,
 whatever needs mending, whatever the GPU gives back undone), so that a file is used, mended or refused alike on both.
 One thing escapes it: damage inside a scan is for nvJPEG to notice, where libjpeg-turbo stops at the first wrong code;
-`pipeline/decoding.py` is the strict one. Decoders, rounding and the order of passes differ, and so does a pixel by a
+`images/decode.py` is the strict one. Decoders, rounding and the order of passes differ, and so does a pixel by a
 grey level or so. `on_host=True` makes the same calls with nvImageCodec's CPU backend, for machines without a GPU and
 for tests. Left out: choice of the device (the current one of CUDA) and the size of batches.
 """
@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import simplejpeg
 
-from pipeline.decoding import BadImage, check_size
-from pipeline.errors import UserError
-from pipeline.imaging import find_windows, resize
-from pipeline.jpegfile import EOI, is_plain, survey
+from pipeline.common.errors import UserError
+from pipeline.images.decode import BadImage, check_size
+from pipeline.images.jpegfile import EOI, is_plain, survey
+from pipeline.images.resize import find_windows, resize
 from tools.hostcodec import Encoding, Prepared, try_prepare
 
 if TYPE_CHECKING:

@@ -2,15 +2,15 @@
 
 The decision that shaped it: one encoder for every file, libjpeg-turbo's, behind the pipeline's own preparation of the
 pixels, so that what is predicted from a file and what is trained on are the same. The same bytes come out for the same
-input in any process, batch and order. Left out: the pixels (pipeline/imaging.py), and the GPU's way (gpucodec.py).
+input in any process, batch and order. Left out: the pixels (pipeline/images/), and the GPU's way (gpucodec.py).
 """
 
 from typing import Literal, NamedTuple
 
 import simplejpeg
 
-from pipeline.decoding import BadImage, Pixels
-from pipeline.imaging import read_square
+from pipeline.images.decode import BadImage, Pixels
+from pipeline.images.resize import read_square
 
 Encoding = Literal["jpeg", "raw"]
 

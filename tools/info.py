@@ -18,11 +18,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.colorstats import COLOR_FILE, ColorStats
-from pipeline.errors import UserError
-from pipeline.files import read_json
+from pipeline.colors import COLOR_FILE, ColorStats
+from pipeline.common.errors import UserError
+from pipeline.common.files import read_json
 from pipeline.manifest import CLS_DIGITS, ENDINGS, MANIFEST, SPLITS, Shard, index_header
-from pipeline.shardset import ShardSet
+from pipeline.shards import ShardSet
 from tools.lock import Holder, is_lock
 from tools.outfolder import FAILURES_FILE, JOB_FILE
 

@@ -22,9 +22,9 @@ from os import getpid
 from types import TracebackType
 from typing import Any
 
-from pipeline.console import note
-from pipeline.errors import UserError
-from pipeline.machine import is_running, machine_id, started_ticks
+from pipeline.common.console import note
+from pipeline.common.errors import UserError
+from pipeline.common.machine import is_running, machine_id, started_ticks
 from tools.store import Item, Store
 
 REFRESH_S = 15.0

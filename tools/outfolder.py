@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
 
-from pipeline.colorstats import COLOR_FILE, MEAN_IMAGE_FILE
-from pipeline.errors import UserError
-from pipeline.machine import is_running, machine_id
+from pipeline.colors import COLOR_FILE, MEAN_IMAGE_FILE
+from pipeline.common.errors import UserError
+from pipeline.common.machine import is_running, machine_id
 from pipeline.manifest import MANIFEST, SCHEMA, Manifest, Shard
-from pipeline.shardset import ShardSet
+from pipeline.shards import ShardSet
 from tools.failures import Failure
 from tools.lock import Part, is_lock
 from tools.store import FolderStore, Item, Store

@@ -2,7 +2,7 @@
 
 The decision that shaped it: sums are integers. Products are summed in float64 matrix products whose every partial sum
 is a whole number below 2^53, hence exact, so that the result does not depend on batches, threads or order. Left out:
-what is derived from the sums (pipeline/colorstats.py).
+what is derived from the sums (pipeline/colors.py).
 """
 
 from typing import Literal
@@ -10,12 +10,12 @@ from typing import Literal
 import numpy as np
 import torch
 
-from pipeline.colorstats import ColorStats
-from pipeline.console import Progress
-from pipeline.errors import UserError
+from pipeline.colors import ColorStats
+from pipeline.common.console import Progress
+from pipeline.common.errors import UserError
 from pipeline.loader import read_pixels
 from pipeline.manifest import IMAGE_SIZE_PX
-from pipeline.shardset import ShardSet
+from pipeline.shards import ShardSet
 
 BATCH_SIZE = 64  # 64 * 65,536 pixels * 255^2 < 2^39: far from 2^53
 

@@ -8,7 +8,7 @@ bytes come from (sources.py) and what becomes of a failure (sharder.py).
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-from pipeline.decoding import BadImage
+from pipeline.images.decode import BadImage
 from tools.gpucodec import GpuPreparer
 from tools.hostcodec import Encoding, Prepared, try_prepare
 

@@ -14,11 +14,11 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.colorstats import ColorStats
-from pipeline.errors import UserError
+from pipeline.colors import ColorStats
+from pipeline.common.errors import UserError
 from pipeline.loader import TrainLoader, read_pixels
 from pipeline.manifest import CLS_DIGITS, Shard, index_header
-from pipeline.shardset import ShardSet
+from pipeline.shards import ShardSet
 
 BLOCK_BYTES = 512
 NUM_DRAWS = 4

@@ -114,10 +114,10 @@ def probe_shards(folder: str) -> Facts:
     """What a folder of shards holds and how fast its disk gives it."""
     from dataclasses import asdict
 
-    from pipeline.colorstats import ColorStats
-    from pipeline.errors import UserError
+    from pipeline.colors import ColorStats
+    from pipeline.common.errors import UserError
     from pipeline.manifest import MANIFEST
-    from pipeline.shardset import ShardSet
+    from pipeline.shards import ShardSet
     from tools.diskspeed import measure
 
     root = Path(folder)

@@ -15,8 +15,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from pipeline.console import Progress, note
-from pipeline.errors import UserError
+from pipeline.common.console import Progress, note
+from pipeline.common.errors import UserError
 from pipeline.manifest import IMAGE_SIZE_PX, MANIFEST, SCHEMA, SPLITS, Manifest
 from tools.engine_ray import run_units_on_ray
 from tools.engines import count_cpus, run_units

@@ -14,8 +14,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import PurePath
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
-from pipeline.decoding import BadImage
-from pipeline.errors import UserError
+from pipeline.common.errors import UserError
+from pipeline.images.decode import BadImage
 from pipeline.manifest import CLS_DIGITS, ENDINGS, KEY_DIGITS, Shard, index_header
 from tools.failures import Failure
 from tools.outfolder import JOB_FILE, Written, find_job

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-from pipeline.errors import UserError
+from pipeline.common.errors import UserError
+from pipeline.images.imagenet import IMAGE_ENDINGS, load_ilsvrc2012
 from pipeline.manifest import SPLITS, ClassEntry
-from pipeline.names import IMAGE_ENDINGS, load_ilsvrc2012
 from tools.layouts import LAYOUTS, folder, kaggle, official, parquet, webdataset
 from tools.layouts.folder import list_names
 from tools.layouts.listing import Entry, Listing, name_some, pick_classes, put_in_order, take_share

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol
 
-from pipeline.errors import UserError
-from pipeline.files import write_atomic
-from pipeline.machine import temporary_for
+from pipeline.common.errors import UserError
+from pipeline.common.files import write_atomic
+from pipeline.common.machine import temporary_for
 from pipeline.origin import ask
 
 BACKOFF_S = (0.5, 1.0, 2.0, 4.0)  # between attempts at one request

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.errors import UserError
+from pipeline.common.errors import UserError
 
 QUALITY = 90
 SHORTER_SIDE_PX = (200, 400)

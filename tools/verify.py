@@ -17,11 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.colorstats import COLOR_FILE, MEAN_IMAGE_FILE, ColorStats
-from pipeline.console import Progress
-from pipeline.errors import UserError
+from pipeline.colors import COLOR_FILE, MEAN_IMAGE_FILE, ColorStats
+from pipeline.common.console import Progress
+from pipeline.common.errors import UserError
 from pipeline.manifest import ENDINGS, IMAGE_SIZE_PX, MANIFEST, SPLITS, Manifest
-from pipeline.shardset import ShardSet
+from pipeline.shards import ShardSet
 from tools.engines import run_units
 from tools.info import list_holders
 from tools.layouts import LAYOUTS

@@ -15,10 +15,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pipeline.errors import UserError
+from pipeline.common.errors import UserError
 from pipeline.loader import Batch, TrainLoader
 from pipeline.manifest import ENDINGS, IMAGE_SIZE_PX
-from pipeline.shardset import ShardSet
+from pipeline.shards import ShardSet
 from trainer.bench import Task, Work
 from trainer.usage import count_cores
 

@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from pipeline import console
-from pipeline.colorstats import ColorStats
+from pipeline.colors import ColorStats
+from pipeline.common import console
 from pipeline.loader import TrainLoader
 from pipeline.manifest import IMAGE_SIZE_PX
-from pipeline.shardset import ShardSet
+from pipeline.shards import ShardSet
 from trainer.bench import Clock, Rate, Task, Work, alternate, gpu_memory_bytes
 from trainer.bench_feed import endless, find_samples, limit_task, loader_task
 from trainer.bench_step import Trainee, count_macs, count_step_flops, make_batch, product_task, step_task, train_task

@@ -6,7 +6,7 @@ numbers.
 
 from typing import Any
 
-from pipeline import console
+from pipeline.common import console
 
 
 def show(result: dict[str, Any]) -> None:

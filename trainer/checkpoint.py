@@ -23,7 +23,7 @@ from typing import Any, BinaryIO, cast
 
 import torch
 
-from pipeline.errors import UserError
+from pipeline.common.errors import UserError
 
 CHECKPOINT_SCHEMA = 1
 _PLAIN = (str, bytes, int, float, bool, type(None))

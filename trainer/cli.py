@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pipeline import console
+from pipeline.common import console
 from trainer.cli_options import (
     GLOBAL_BATCH_SIZE,
     RECIPE_SETTINGS,
@@ -129,8 +129,8 @@ def _train(
         check_fits(recipe, weights)  # before any rank starts
         weights = None
 
-    from pipeline.colorstats import ColorStats
-    from pipeline.shardset import ShardSet
+    from pipeline.colors import ColorStats
+    from pipeline.shards import ShardSet
 
     opened = ShardSet.open(shards, cache_dir=cache_dir, cache_gib=cache_gib)
     ColorStats.load(opened.root, opened.fingerprint)  # a fault in the data is told before any rank starts

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pipeline import console
-from pipeline.errors import UserError
+from pipeline.common import console
+from pipeline.common.errors import UserError
 from trainer.cli_options import (
     GLOBAL_BATCH_SIZE,
     GPUS,
@@ -25,7 +25,7 @@ from trainer.cli_ranks import check_divisible, choose_devices, count_ranks
 from trainer.recipe import RECIPES, override
 
 if TYPE_CHECKING:
-    from pipeline.shardset import ShardSet
+    from pipeline.shards import ShardSet
 
 
 @click.command(cls=console.Command, context_settings=SETTINGS)
@@ -96,9 +96,9 @@ def command(
 
 def _open_shards(folder: str) -> "ShardSet":
     """The shards with their colours, both checked; without any, the error says how to make some."""
-    from pipeline.colorstats import ColorStats
+    from pipeline.colors import ColorStats
     from pipeline.manifest import MANIFEST
-    from pipeline.shardset import ShardSet
+    from pipeline.shards import ShardSet
 
     if "://" not in folder and not (Path(folder) / MANIFEST).is_file():
         raise UserError(

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pipeline import console
-from pipeline.errors import printable
+from pipeline.common import console
+from pipeline.common.errors import printable
 from trainer.cli_options import RUNS, SETTINGS, VERSION, add_common_options
 from trainer.cli_ranks import choose_devices
 from trainer.tables import check_target, format_line, write_csv

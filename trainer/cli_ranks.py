@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pipeline import console
+from pipeline.common import console
 from trainer.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def choose_parallel(
 
     A saved mode that this number of ranks does not allow becomes data, and says so. Raises UserError for one asked for.
     """
-    from pipeline.errors import UserError
+    from pipeline.common.errors import UserError
     from trainer.interconnect import CPU, Device, choose, find_link
     from trainer.parallel import Parallel, check
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from pipeline import console
+from pipeline.common import console
 from trainer.cli_options import RUNS, SETTINGS, VERSION
 from trainer.tables import check_target
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pipeline.errors import UserError
+from pipeline.common.errors import UserError
 from trainer.recipe import Recipe, from_dict
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.errors import UserError
+from pipeline.common.errors import UserError
 from trainer.tables import TOP
 
 _COLUMNS = ("label", "label_wnid", *(f"wnid_{place}" for place in range(1, TOP + 1)))

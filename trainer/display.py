@@ -12,7 +12,7 @@ from dataclasses import asdict
 from types import TracebackType
 from typing import Any
 
-from pipeline.console import PLAIN_INTERVAL_S, Voice, can_redraw, note, print_line
+from pipeline.common.console import PLAIN_INTERVAL_S, Voice, can_redraw, note, print_line
 from trainer.tally import Standing, Tally, spell_duration
 
 _GIB = 2**30

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipeline.errors import UserError
+from pipeline.common.errors import UserError
 
 RESTART, LAUNCH_ID = "ALEXNET_RESTART", "ALEXNET_LAUNCH_ID"  # what our own launcher tells its ranks
 FAILURE, PEER_LOST = "failure", "peer lost"

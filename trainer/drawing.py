@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.files import write_atomic
+from pipeline.common.files import write_atomic
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

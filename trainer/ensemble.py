@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.console import print_json
-from pipeline.errors import UserError
+from pipeline.common.console import print_json
+from pipeline.common.errors import UserError
 from pipeline.manifest import KEY_DIGITS
-from pipeline.shardset import ShardSet
+from pipeline.shards import ShardSet
 from trainer.distributed import Ranks, gather, join, reduce_sum
 from trainer.evaluate import Crops, Errors, choose_dtype, count_errors, evaluate, make_eval_loader, to_errors
 from trainer.interchange import load_any
@@ -229,7 +229,7 @@ def _log_ten_crops(net: Weights, run: Path, found: Found) -> None:
 
 def _is_ilsvrc2012(shards: ShardSet) -> bool:
     """Whether these are the images that the paper's errors are of."""
-    from pipeline.names import load_ilsvrc2012
+    from pipeline.images.imagenet import load_ilsvrc2012
 
     wnids = [entry.wnid for entry in shards.manifest.classes]
     return wnids == list(load_ilsvrc2012()) and shards.num_samples("val") == 50_000

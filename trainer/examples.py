@@ -13,10 +13,10 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from pipeline.colorstats import ColorStats
-from pipeline.console import Progress
+from pipeline.colors import ColorStats
+from pipeline.common.console import Progress
 from pipeline.loader import EvalLoader, read_pixels
-from pipeline.shardset import ShardSet
+from pipeline.shards import ShardSet
 from trainer.confusion import Answers
 from trainer.evaluate import choose_dtype, log_probabilities
 from trainer.model import AlexNet

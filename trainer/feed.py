@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from pipeline.assemble import FromGraph
-from pipeline.colorstats import ColorStats
+from pipeline.colors import ColorStats
 from pipeline.feeding import DecodeOption
 from pipeline.finish import Transform, Views
 from pipeline.graph import Feed, stream_seed
 from pipeline.loader import Batch, TrainLoader
-from pipeline.shardset import ShardSet
+from pipeline.shards import ShardSet
 from trainer.distributed import Ranks
 from trainer.exchange import all_gather
 from trainer.recipe import Recipe

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from pipeline.errors import UserError
+from pipeline.common.errors import UserError
 from pipeline.manifest import ClassEntry
 from trainer.interchange import describe_function
 from trainer.model import AlexNet

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.files import write_atomic
-from pipeline.names import load_ilsvrc2012
+from pipeline.common.files import write_atomic
+from pipeline.images.imagenet import load_ilsvrc2012
 from trainer.confusion import choose_shown, count_pairs, list_classes
 from trainer.curves import draw_learning, draw_speed
 from trainer.drawing import shorten

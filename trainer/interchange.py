@@ -20,12 +20,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.colorstats import ColorStats
-from pipeline.errors import UserError
-from pipeline.files import write_atomic
+from pipeline.colors import ColorStats
+from pipeline.common.errors import UserError
+from pipeline.common.files import write_atomic
+from pipeline.images.imagenet import load_ilsvrc2012
 from pipeline.manifest import IMAGE_SIZE_PX, ClassEntry
-from pipeline.names import load_ilsvrc2012
-from pipeline.shardset import ShardSet
+from pipeline.shards import ShardSet
 from trainer import checkpoint
 from trainer.recipe import RECIPES, Recipe, from_dict, to_dict
 from trainer.runlog import CONFIG

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from pipeline.errors import UserError
+from pipeline.common.errors import UserError
 from pipeline.finish import CROP_SIZE_PX
 from trainer.model import AlexNet
 from trainer.parallel import MODES, Mode, check

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from pipeline.console import Voice
+from pipeline.common.console import Voice
 from trainer.feed import Feeding
 from trainer.parallel import DATA, Parallel
 from trainer.recipe import Recipe

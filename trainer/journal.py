@@ -14,9 +14,9 @@ from typing import Any, BinaryIO
 
 import torch
 
-from pipeline.colorstats import ColorStats
-from pipeline.console import Voice, explain_os_error, note, print_line, warn
-from pipeline.files import write_json
+from pipeline.colors import ColorStats
+from pipeline.common.console import Voice, explain_os_error, note, print_line, warn
+from pipeline.common.files import write_json
 from trainer.display import TrainDisplay
 from trainer.distributed import Ranks, gather
 from trainer.environment import environment

@@ -20,8 +20,8 @@ from multiprocessing import resource_tracker
 from types import FrameType
 from typing import Any
 
-from pipeline.console import STATUS_FAILED, explain_os_error, leave_closed_terminal, warn
-from pipeline.errors import UserError
+from pipeline.common.console import STATUS_FAILED, explain_os_error, leave_closed_terminal, warn
+from pipeline.common.errors import UserError
 from trainer.distributed import FAILURE, LAUNCH_ID, PEER_LOST, RESTART, is_first_to, is_peer_loss
 from trainer.signals import list_signals
 

@@ -18,8 +18,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from pipeline.console import explain_os_error
-from pipeline.errors import UserError
+from pipeline.common.console import explain_os_error
+from pipeline.common.errors import UserError
 from pipeline.manifest import KEY_DIGITS
 from trainer.distributed import Ranks, gather, reduce_sum
 from trainer.job import LOG_STEPS

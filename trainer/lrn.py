@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from pipeline.console import note
+from pipeline.common.console import note
 from trainer.native import Native, Norm, load_native
 
 _SPATIAL_SIZE, _SPATIAL_SCALE, _SPATIAL_POWER, _SPATIAL_K = 5, 0.001, 0.75, 1.0  # S, the second norm of conv2

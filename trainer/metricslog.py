@@ -14,8 +14,8 @@ from pathlib import Path
 from types import NoneType, TracebackType
 from typing import Any, BinaryIO, TypedDict, Unpack
 
-from pipeline.errors import UserError
-from pipeline.files import write_atomic
+from pipeline.common.errors import UserError
+from pipeline.common.files import write_atomic
 
 _BUFFER_BYTES = 1 << 20  # lines are written one by one; while the disk is full, so much waits here
 

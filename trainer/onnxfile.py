@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipeline.errors import UserError
-from pipeline.files import write_atomic
+from pipeline.common.errors import UserError
+from pipeline.common.files import write_atomic
 from pipeline.finish import CROP_SIZE_PX, Constants, Transform
 from trainer.lrn import _SPATIAL_K, _SPATIAL_POWER, _SPATIAL_SCALE, _SPATIAL_SIZE
 from trainer.model import _PADS_PX

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
-from pipeline.errors import UserError
+from pipeline.common.errors import UserError
 from trainer.native import load_native
 from trainer.recipe import Recipe
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
-from pipeline.errors import UserError
+from pipeline.common.errors import UserError
 from trainer.distributed import Ranks
 from trainer.exchange import GatherAlong, SumOfParts, all_gather, reduce_gradients
 from trainer.model import AlexNet

@@ -1,6 +1,6 @@
 """What a trained net takes photographs for: any image file -> its five best classes.
 
-The decision that shaped it: a file is prepared as `alexnet-prep shard` would (pipeline/imaging.py) and finished as the
+The decision that shaped it: a file is prepared as `alexnet-prep shard` would (pipeline/images/) and finished as the
 loaders do (pipeline/finish.py), so that a prediction is that of an evaluation on the same stored image; DALI is not
 needed. Files are read a batch at a time: a folder of any size takes the memory of one. Left out: words and tables
 (cli_nets.py).
@@ -15,12 +15,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pipeline.decoding import BadImage, Pixels
-from pipeline.errors import UserError
+from pipeline.common.errors import UserError
 from pipeline.finish import CENTRE_PX, FIVE_OFFSETS_PX, GpuFinisher, Transform, Views
 from pipeline.hostfinish import make_finisher
-from pipeline.imaging import read_square
-from pipeline.names import IMAGE_ENDINGS
+from pipeline.images.decode import BadImage, Pixels
+from pipeline.images.imagenet import IMAGE_ENDINGS
+from pipeline.images.resize import read_square
 from trainer.evaluate import BATCH_SIZE, TOP, Crops, choose_dtype, log_probabilities
 from trainer.weights import Classes, Weights, make_net, name_class
 

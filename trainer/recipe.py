@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_type_hints
 
-from pipeline.errors import UserError
+from pipeline.common.errors import UserError
 from trainer.fieldtypes import describe, has_type, listed, parse, tupled
 
 

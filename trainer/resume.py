@@ -10,10 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pipeline.errors import UserError
+from pipeline.common.errors import UserError
 from pipeline.graph import stream_seed
 from pipeline.manifest import MANIFEST
-from pipeline.shardset import ShardSet
+from pipeline.shards import ShardSet
 from trainer import checkpoint
 from trainer.distributed import Ranks, gather, launch_id, restart_count
 from trainer.runlog import CHECKPOINTS, CONFIG, LAST, read_config

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from pipeline.colorstats import ColorStats
-from pipeline.console import warn
-from pipeline.errors import UserError
-from pipeline.shardset import ShardSet
+from pipeline.colors import ColorStats
+from pipeline.common.console import warn
+from pipeline.common.errors import UserError
+from pipeline.shards import ShardSet
 from trainer.distributed import Ranks, check_alike, gather
 from trainer.evaluate import make_eval_loader
 from trainer.feed import TrainFeed

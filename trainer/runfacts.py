@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.colorstats import ColorStats
-from pipeline.shardset import ShardSet
+from pipeline.colors import ColorStats
+from pipeline.shards import ShardSet
 from trainer.distributed import Ranks, launch_id
 from trainer.finetune import Start
 from trainer.job import Job

@@ -10,8 +10,8 @@ import re
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from pipeline.errors import UserError
-from pipeline.files import read_json, write_json
+from pipeline.common.errors import UserError
+from pipeline.common.files import read_json, write_json
 
 CONFIG, ENVIRONMENT, METRICS = "config.json", "environment.json", "metrics.jsonl"
 CHECKPOINTS, LAST, BEST = "checkpoints", "last.pt", "best.pt"

@@ -13,14 +13,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.colorstats import ColorStats
-from pipeline.errors import UserError
+from pipeline.colors import ColorStats
+from pipeline.common.errors import UserError
 from pipeline.finish import CENTRE_PX, Transform, Views
 from pipeline.hostfinish import CpuFinisher
 from pipeline.hostpixels import decode_into
 from pipeline.kernel import load_kernel
 from pipeline.manifest import ENDINGS
-from pipeline.shardset import ShardSet
+from pipeline.shards import ShardSet
 from trainer.evaluate import log_probabilities
 from trainer.model import AlexNet
 from trainer.predict import Guess, find_best

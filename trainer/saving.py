@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.console import explain_os_error
-from pipeline.errors import UserError
+from pipeline.common.console import explain_os_error
+from pipeline.common.errors import UserError
 from trainer import checkpoint
 from trainer.distributed import Ranks, gather
 from trainer.runlog import LAST

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pipeline.console import leave_closed_terminal
+from pipeline.common.console import leave_closed_terminal
 from trainer.distributed import Ranks, under_launcher
 
 

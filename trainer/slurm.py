@@ -7,7 +7,7 @@ SLURM_NTASKS and SLURM_PROCID too, though it is one process. Left out: asking Sl
 import re
 from collections.abc import MutableMapping
 
-from pipeline.errors import UserError
+from pipeline.common.errors import UserError
 
 _FIRST_PORT, _NUM_PORTS = 20000, 12000  # below the ports that Linux hands out by itself
 

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pipeline.colorstats import ColorStats
-from pipeline.errors import UserError
-from pipeline.shardset import ShardSet
+from pipeline.colors import ColorStats
+from pipeline.common.errors import UserError
+from pipeline.shards import ShardSet
 from trainer import checkpoint
 from trainer.confusion import Answers, read_predictions
 from trainer.metricslog import read_metrics

@@ -11,9 +11,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.console import print_table
-from pipeline.errors import UserError, printable
-from pipeline.files import write_atomic
+from pipeline.common.console import print_table
+from pipeline.common.errors import UserError, printable
+from pipeline.common.files import write_atomic
 
 if TYPE_CHECKING:
     from trainer.predict import Guess

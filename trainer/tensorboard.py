@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.colorstats import ColorStats
-from pipeline.errors import UserError
-from pipeline.shardset import ShardSet
+from pipeline.colors import ColorStats
+from pipeline.common.errors import UserError
+from pipeline.shards import ShardSet
 from trainer.figures import kernel_grid
 from trainer.model import AlexNet
 from trainer.recipe import Recipe

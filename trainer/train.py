@@ -10,8 +10,8 @@ import time
 
 import torch
 
-from pipeline.console import set_voice, warn
-from pipeline.errors import UserError
+from pipeline.common.console import set_voice, warn
+from pipeline.common.errors import UserError
 from pipeline.loader import Batch
 from trainer.display import choose_display
 from trainer.distributed import join, reduce_sum, restart_count

@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 
-from pipeline.console import show_cursor
+from pipeline.common.console import show_cursor
 from trainer.distributed import Ranks, gather, is_first_to, under_launcher
 
 STATUS_HUNG, STATUS_HUNG_RANK = 1, 70  # alone; as a rank, whose launcher may start it again

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.errors import UserError
+from pipeline.common.errors import UserError
 
 _NPY = b"\x93NUMPY"
 MAX_BYTES = 8 << 30  # AlexNet at four times its width, the most that a recipe allows, has 4 GB

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.colorstats import COLOR_FILE, ColorStats
-from pipeline.errors import UserError
+from pipeline.colors import COLOR_FILE, ColorStats
+from pipeline.common.errors import UserError
 from pipeline.manifest import ClassEntry
-from pipeline.shardset import ShardSet
+from pipeline.shards import ShardSet
 from trainer import checkpoint
 from trainer.model import AlexNet
 from trainer.recipe import Recipe, from_dict

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.decoding import BadImage
 from pipeline.hostpixels import decode_into
-from pipeline.imaging import read_square
+from pipeline.images.decode import BadImage
+from pipeline.images.resize import read_square
 from pipeline.kernel import MESSAGE_BYTES, Kernel, load_kernel
 from tests.fuzz.mutants import list_mutants, make_jpegs, make_others
 

@@ -98,8 +98,8 @@ def make_inputs(folder: Path) -> tuple[Path, dict[str, Path], Path]:
     import numpy as np
     import torch
 
-    from pipeline.colorstats import ColorStats
-    from pipeline.shardset import ShardSet
+    from pipeline.colors import ColorStats
+    from pipeline.shards import ShardSet
     from tests.layout_builders import BUILDERS
     from tools.sharder import make_shards
     from tools.sources import open_source

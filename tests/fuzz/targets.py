@@ -11,11 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from pipeline.colorstats import COLOR_FILE, MEAN_IMAGE_FILE, ColorStats
-from pipeline.errors import UserError
+from pipeline.colors import COLOR_FILE, MEAN_IMAGE_FILE, ColorStats
+from pipeline.common.errors import UserError
 from pipeline.indexfile import check_index, check_places
 from pipeline.manifest import MANIFEST
-from pipeline.shardset import ShardSet
+from pipeline.shards import ShardSet
 from pipeline.stored import SampleTable
 
 Read = Callable[[bytes], bool]  # whether the bytes were read; False: refused
@@ -132,8 +132,8 @@ def _read_weights(path: Path, data: bytes) -> bool:
 
 def read_image(data: bytes) -> bool:
     """As sharding and prediction read a picture: pixels, or a reason for the list of failures."""
-    from pipeline.decoding import BadImage
-    from pipeline.imaging import read_square
+    from pipeline.images.decode import BadImage
+    from pipeline.images.resize import read_square
 
     try:
         return read_square(data).pixels.shape == (256, 256, 3)

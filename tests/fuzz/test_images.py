@@ -99,8 +99,8 @@ DEFUSE = """
 import resource, sys
 from pathlib import Path
 import numpy, torch
-from pipeline.decoding import BadImage
-from pipeline.imaging import read_square
+from pipeline.images.decode import BadImage
+from pipeline.images.resize import read_square
 from pipeline.hostpixels import decode_into
 now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (now + (64 << 20),) * 2)  # not the pixels of any of these

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.colorstats import ColorStats
+from pipeline.colors import ColorStats
 from pipeline.loader import EvalLoader, TrainLoader
-from pipeline.shardset import ShardSet
+from pipeline.shards import ShardSet
 from tests.pipeline.loading import make_raw
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from pipeline.manifest import MANIFEST, index_header
-from pipeline.shardset import ShardSet
+from pipeline.shards import ShardSet
 from tests import oracle
 
 NUM_TRAIN, NUM_VAL = 64, 24  # of the fixture `ready_shards`

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 
 from pipeline import cache, origin
-from pipeline.colorstats import ColorStats
-from pipeline.errors import UserError
+from pipeline.colors import ColorStats
+from pipeline.common.errors import UserError
 from pipeline.fetch import is_kept
 from pipeline.manifest import IMAGE_SIZE_PX, index_header
-from pipeline.shardset import ShardSet
+from pipeline.shards import ShardSet
 from tests.s3_server import Bucket
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -130,7 +130,7 @@ def test_several_readers_of_one_folder_fetch_each_byte_once(whole_set, s3_bucket
 
 FETCH_PROGRAM = """
 import sys
-from pipeline.shardset import ShardSet
+from pipeline.shards import ShardSet
 shards = ShardSet.open(sys.argv[1], cache_dir=sys.argv[2])
 print("opened", flush=True)
 shards.wait("val")

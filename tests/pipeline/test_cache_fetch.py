@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from pipeline import fetch, origin
-from pipeline.errors import UserError
+from pipeline.common.errors import UserError
 from pipeline.fetch import is_kept
-from pipeline.shardset import ShardSet
+from pipeline.shards import ShardSet
 
 TAR = "train-000001.tar"
 

@@ -12,10 +12,10 @@ from nvidia.dali.pipeline import pipeline_def
 from nvidia.dali.plugin.base_iterator import LastBatchPolicy
 from nvidia.dali.plugin.pytorch import DALIGenericIterator
 
-from pipeline.errors import UserError
+from pipeline.common.errors import UserError
 from pipeline.manifest import ClassEntry, Manifest, Shard, index_header
 from pipeline.readahead import Gate, ShardOrder
-from pipeline.shardset import ShardSet
+from pipeline.shards import ShardSet
 
 SIZES = (3, 8, 5, 4, 9, 2, 7, 6, 4, 8, 5, 3)  # samples of each shard: 64 in all
 SAMPLE_BYTES = 3000

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from pipeline import graph
-from pipeline.colorstats import ColorStats
+from pipeline.colors import ColorStats
 from pipeline.graph import stream_seed
 from pipeline.readahead import ShardOrder
-from pipeline.shardset import ShardSet
+from pipeline.shards import ShardSet
 
 SEED = 5  # of the fixture make_train
 TIMING = {"images_per_s", "data_wait_fraction", "time_s"}

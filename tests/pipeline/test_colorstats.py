@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from pipeline.colorstats import LIGHTING_STD, ColorStats
-from pipeline.errors import UserError
+from pipeline.colors import LIGHTING_STD, ColorStats
+from pipeline.common.errors import UserError
 
 
 def make_images(num_images: int = 5, size: int = 256, seed: int = 0) -> np.ndarray:

@@ -11,13 +11,13 @@ import time
 
 import pytest
 
-from pipeline import console
-from pipeline.console import Progress, explain_os_error
+from pipeline.common import console
+from pipeline.common.console import Progress, explain_os_error
 
 PROGRAM = """
 import os, signal, sys, time, click
-from pipeline import console
-from pipeline.errors import UserError
+from pipeline.common import console
+from pipeline.common.errors import UserError
 
 @click.group(cls=console.Group)
 def group(): pass
@@ -105,7 +105,7 @@ def test_a_remark_that_cannot_be_written_does_not_end_the_work(stderr):
     else:
         reader, descriptor = os.pipe()
         os.close(reader)
-    program = "from pipeline import console; console.note('a'); console.warn('b'); console.say('done')"
+    program = "from pipeline.common import console; console.note('a'); console.warn('b'); console.say('done')"
     try:
         done = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=descriptor, text=True)
     finally:
@@ -128,7 +128,7 @@ def test_progress_draws_a_bar_on_a_terminal_and_no_control_codes_elsewhere():
 
 def test_work_goes_on_though_the_terminal_of_its_bar_was_closed():
     program = (
-        "import os\nfrom pipeline.console import Progress, say\n"
+        "import os\nfrom pipeline.common.console import Progress, say\n"
         "with Progress('work', 4, 'images') as progress:\n"
         "    os.write(1, b'begun ')\n    os.read(0, 1)\n    progress.advance(4)\n"
         "say('done')\n"

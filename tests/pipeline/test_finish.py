@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from pipeline import hostfinish, kernel
-from pipeline.errors import UserError
+from pipeline.common.errors import UserError
 from pipeline.finish import Constants, GpuFinisher, Transform, Views, finish_batch
 from pipeline.hostfinish import Buffers, CpuFinisher
 from pipeline.threads import run_all, start_threads

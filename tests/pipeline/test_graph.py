@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.colorstats import LIGHTING_STD
-from pipeline.errors import UserError
+from pipeline.colors import LIGHTING_STD
+from pipeline.common.errors import UserError
 from pipeline.finish import FIVE_OFFSETS_PX, Transform
 from pipeline.loader import EvalLoader, TrainLoader, read_pixels
 from tests import oracle

@@ -10,7 +10,7 @@ from PIL import Image
 
 from pipeline import kernel
 from pipeline.assemble import run_ahead
-from pipeline.errors import UserError
+from pipeline.common.errors import UserError
 from pipeline.finish import Transform, Views
 from pipeline.hostfinish import CpuFinisher
 from pipeline.hostpixels import decode_into

@@ -8,8 +8,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipeline import decoding, imaging
-from pipeline.decoding import BadImage
+from pipeline.images import decode as decoding
+from pipeline.images import resize as imaging
+from pipeline.images.decode import BadImage
 from tests import oracle
 from tests.pictures import SIDE, noise, picture, pixels_of, save, square
 

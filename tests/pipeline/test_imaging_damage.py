@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
-from pipeline import decoding
-from pipeline.decoding import BadImage, decode
-from pipeline.jpegfile import is_plain, survey
+from pipeline.images import decode as decoding
+from pipeline.images.decode import BadImage, decode
+from pipeline.images.jpegfile import is_plain, survey
 from tests.pictures import SIDE, noise, picture, pixels_of, prepare_raw, save
 
 WHOLE = save(noise(320, 300), "JPEG", quality=90)

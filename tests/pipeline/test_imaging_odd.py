@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.decoding import BadImage, decode
+from pipeline.images.decode import BadImage, decode
 from tests.pictures import SIDE, distance, noise, picture, pixels_of, prepare_raw, save, square
 
 # 16x16 pixels (16 x, 16 y, 255 - 8 x - 8 y), made with libjpeg-turbo 3, which Pillow's interface cannot ask for.

@@ -2,9 +2,9 @@
 
 import pytest
 
-from pipeline.errors import UserError
+from pipeline.common.errors import UserError
 from pipeline.indexfile import check_index, check_places, find_damage
-from pipeline.shardset import ShardSet
+from pipeline.shards import ShardSet
 
 
 def edit_row(shards: ShardSet, number: int, change) -> None:

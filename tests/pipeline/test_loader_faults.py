@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from pipeline import graph
-from pipeline.errors import UserError
+from pipeline.common.errors import UserError
 from pipeline.feeding import count_local_ranks, count_threads
 from pipeline.loader import EvalLoader, TrainLoader, read_pixels
-from pipeline.shardset import ShardSet
+from pipeline.shards import ShardSet
 from tests.pipeline.loading import NUM_TRAIN
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -121,9 +121,9 @@ def test_the_gpu_is_refused_where_there_is_none(make_train, make_eval):
 
 READ_PROGRAM = """
 import sys
-from pipeline.colorstats import ColorStats
+from pipeline.colors import ColorStats
 from pipeline.loader import EvalLoader, TrainLoader, read_pixels
-from pipeline.shardset import ShardSet
+from pipeline.shards import ShardSet
 shards = ShardSet.open(sys.argv[1])
 colors = ColorStats.load(shards.root, shards.fingerprint)
 print("opened", flush=True)
@@ -199,9 +199,9 @@ def test_a_shard_that_was_cut_under_the_reader_ends_the_process_with_a_failure(p
 CUT_PROGRAM = """
 import os, sys
 from pipeline import graph
-from pipeline.colorstats import ColorStats
+from pipeline.colors import ColorStats
 from pipeline.loader import TrainLoader
-from pipeline.shardset import ShardSet
+from pipeline.shards import ShardSet
 graph.MAX_BUFFERED_SAMPLES = 1  # or the few samples of a test are all read before the first batch
 shards = ShardSet.open(sys.argv[1])
 colors = ColorStats.load(shards.root, shards.fingerprint)

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import UserError
+from pipeline.common.errors import UserError
 from pipeline.loader import read_pixels
 from pipeline.manifest import MANIFEST
-from pipeline.shardset import ShardSet
+from pipeline.shards import ShardSet
 
 
 def write_label(shards: ShardSet, split: str, label: bytes) -> str:

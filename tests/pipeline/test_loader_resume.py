@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pipeline.errors import UserError
-from pipeline.shardset import ShardSet
+from pipeline.common.errors import UserError
+from pipeline.shards import ShardSet
 from tests.pipeline.loading import advance, read_keys, record
 
 

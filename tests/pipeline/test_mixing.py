@@ -8,10 +8,10 @@ import pytest
 from PIL import Image
 
 from pipeline import graph
-from pipeline.colorstats import ColorStats
+from pipeline.colors import ColorStats
 from pipeline.loader import TrainLoader
 from pipeline.manifest import MANIFEST, SCHEMA, index_header
-from pipeline.shardset import ShardSet
+from pipeline.shards import ShardSet
 from tests.tools.forging import write_json
 
 NUM_CLASSES, SAMPLES_PER_SHARD, BATCH_SIZE = 20, 16, 16

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.errors import UserError
-from pipeline.files import read_json, write_atomic, write_json
+from pipeline.common.errors import UserError
+from pipeline.common.files import read_json, write_atomic, write_json
 from pipeline.manifest import Manifest, index_header
-from pipeline.shardset import ShardSet
+from pipeline.shards import ShardSet
 
 GOOD = {
     "schema": 1,

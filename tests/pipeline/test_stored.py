@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from pipeline import stored
-from pipeline.errors import UserError
-from pipeline.shardset import ShardSet
+from pipeline.common.errors import UserError
+from pipeline.shards import ShardSet
 from pipeline.stored import ROW_BYTES, SAMPLE_BYTES, MemoryPixels, SampleTable, available_bytes, choose_memory
 from tests import oracle
 from tests.pipeline.loading import make_raw, read_keys

@@ -7,7 +7,7 @@ import re
 import tarfile
 from pathlib import Path
 
-from pipeline.shardset import ShardSet
+from pipeline.shards import ShardSet
 
 Members = list[tuple[str, bytes]]
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import UserError
+from pipeline.common.errors import UserError
 from tests.sharding import BROKEN, PREP, hash_output, make, prep, wait_until, wait_until_gone
 from tests.tools.units import die_at_three, double, fail_at_three, fail_in_code, is_running
 from tools.engine_ray import _hold_signals, run_units_on_ray
@@ -284,7 +284,7 @@ def test_ray_is_told_not_to_report_to_its_makers():
     program = (
         "import contextlib\n"
         "from tools.engine_ray import run_units_on_ray\n"
-        "from pipeline.errors import UserError\n"
+        "from pipeline.common.errors import UserError\n"
         "with contextlib.suppress(UserError):\n"
         "    run_units_on_ray(print, [1], num_tasks=1, address='127.0.0.1:1', on_result=print, on_progress=print)\n"
         "from ray._common.usage import usage_lib\n"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import UserError
+from pipeline.common.errors import UserError
 from tests.sharding import wait_until
 from tests.tools.units import die_at_three, double, fail_at_three, fail_in_code, is_running
 from tools.engines import count_cpus, run_units

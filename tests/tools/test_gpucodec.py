@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pipeline.decoding import BadImage
+from pipeline.images.decode import BadImage
 from tests.pictures import SIDE, noise, picture, pixels_of, psnr, save
 from tools import gpucodec
 from tools.gpucodec import GpuPreparer, is_in_order

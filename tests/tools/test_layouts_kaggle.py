@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import UserError
+from pipeline.common.errors import UserError
 from tests.layout_builders import build_kaggle
 from tools.sources import open_source
 

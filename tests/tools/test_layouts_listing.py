@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.errors import UserError
-from pipeline.names import load_ilsvrc2012
+from pipeline.common.errors import UserError
+from pipeline.images.imagenet import load_ilsvrc2012
 from tests.layout_builders import BUILDERS, fill
 from tools.layouts.listing import Entry, Listing, name_labels, put_in_order, split_stem, strip_wnid, take_share
 from tools.sources import open_source

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import UserError
+from pipeline.common.errors import UserError
 from tests.layout_builders import build_devkit, build_meta, build_official, build_tar
 from tools.layouts.official import DEVKIT, TRAIN, VAL, read_meta, read_truth
 from tools.sources import open_source

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.errors import UserError
-from pipeline.names import load_ilsvrc2012
+from pipeline.common.errors import UserError
+from pipeline.images.imagenet import load_ilsvrc2012
 from tests.layout_builders import build_parquet
 from tools.layouts.parquet_pages import Column, locate_values, read_span
 from tools.layouts.snappy import FRAGMENT_BYTES, Unlocatable, walk_fragments

@@ -121,7 +121,7 @@ def test_1_3_million_entries_are_ordered_and_planned_in_less_than_a_gigabyte():
 import gc
 import re
 from pathlib import Path
-from pipeline.names import load_ilsvrc2012
+from pipeline.images.imagenet import load_ilsvrc2012
 from tools.layouts.listing import Entry, Listing, put_in_order
 from tools.layouts.spans import SpanReader
 from tools.plan import Options, Plan

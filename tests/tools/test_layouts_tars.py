@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.errors import UserError
+from pipeline.common.errors import UserError
 from tests.layout_builders import add_member, build_tar
 from tools.layouts.spans import OpenFile
 from tools.layouts.tars import scan_tar

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import UserError
-from pipeline.machine import is_running, machine_id, started_ticks
+from pipeline.common.errors import UserError
+from pipeline.common.machine import is_running, machine_id, started_ticks
 from tests.sharding import wait_until
 from tools import lock as locking
 from tools.lock import LAPSE_S, Holder, Lock, Part, is_lock, refuse_held

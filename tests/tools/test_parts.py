@@ -6,8 +6,8 @@ import subprocess
 
 import pytest
 
-from pipeline.errors import UserError
-from pipeline.shardset import ShardSet
+from pipeline.common.errors import UserError
+from pipeline.shards import ShardSet
 from tests.sharding import BROKEN, PREP, hash_output, make, prep
 from tools.lock import Part
 from tools.sources import open_source

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.colorstats import ColorStats
-from pipeline.console import Progress
-from pipeline.errors import UserError
-from pipeline.shardset import ShardSet
+from pipeline.colors import ColorStats
+from pipeline.common.console import Progress
+from pipeline.common.errors import UserError
+from pipeline.shards import ShardSet
 from tests import oracle
 from tools import pca
 from tools.sharder import make_shards

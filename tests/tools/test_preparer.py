@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline import decoding, imaging
-from pipeline.decoding import BadImage
-from pipeline.errors import UserError
+from pipeline.common.errors import UserError
+from pipeline.images import decode as decoding
+from pipeline.images import resize as imaging
+from pipeline.images.decode import BadImage
 from tests.pictures import SIDE, noise, picture, pixels_of, prepare_raw, psnr, save, square
 from tools.hostcodec import Prepared, prepare
 from tools.preparer import make_preparer

@@ -12,9 +12,9 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from pipeline.colorstats import ColorStats
-from pipeline.errors import UserError
-from pipeline.shardset import ShardSet
+from pipeline.colors import ColorStats
+from pipeline.common.errors import UserError
+from pipeline.shards import ShardSet
 from tests import oracle
 from tests.tools.forging import read_members
 from tools import contactsheet

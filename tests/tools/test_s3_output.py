@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import UserError
-from pipeline.shardset import ShardSet
+from pipeline.common.errors import UserError
+from pipeline.shards import ShardSet
 from tests.sharding import BROKEN, PREP, hash_output, make, prep, wait_until, wait_until_gone
 from tools import store as storing
 from tools.lock import LAPSE_S, Lock, Part, is_lock

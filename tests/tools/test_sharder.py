@@ -17,10 +17,10 @@ import pytest
 import webdataset
 from PIL import Image
 
-from pipeline.files import read_json
-from pipeline.machine import machine_id
+from pipeline.common.files import read_json
+from pipeline.common.machine import machine_id
 from pipeline.manifest import Manifest
-from pipeline.shardset import ShardSet
+from pipeline.shards import ShardSet
 from tests.sharding import hash_output, make, read_samples
 from tools.outfolder import TEMPORARY_AGE_S, find_finished
 from tools.preparer import make_preparer

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from pipeline.errors import UserError
-from pipeline.files import read_json
-from pipeline.shardset import ShardSet
+from pipeline.common.errors import UserError
+from pipeline.common.files import read_json
+from pipeline.shards import ShardSet
 from tests.sharding import BROKEN, hash_output, make, read_samples
 from tools.failures import Failure, limit_failures, refuse_failures
 

@@ -7,8 +7,8 @@ import subprocess
 
 import pytest
 
-from pipeline.errors import UserError
-from pipeline.files import read_json
+from pipeline.common.errors import UserError
+from pipeline.common.files import read_json
 from tests.sharding import hash_output, make
 from tools import plan as planning
 from tools.plan import Options, Plan

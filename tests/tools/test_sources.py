@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import UserError
+from pipeline.common.errors import UserError
 from tests.layout_builders import BUILDERS, build_folder, build_official, build_tar, fill
 from tools.layouts import LAYOUTS
 from tools.sources import Entry, open_source

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.errors import UserError
+from pipeline.common.errors import UserError
 from tools.synth import EXIF_ORIENTATION, EXIF_ROTATED, SHAPES, TEXTURES, draw_colors, form_of, make_tree
 
 

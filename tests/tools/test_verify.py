@@ -10,8 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline.errors import UserError
-from pipeline.shardset import ShardSet
+from pipeline.common.errors import UserError
+from pipeline.shards import ShardSet
 from tests.layout_builders import BUILDERS
 from tests.tools import verifying
 from tests.tools.forging import forge, read_json, read_members, write_json

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.colorstats import ColorStats
-from pipeline.shardset import ShardSet
+from pipeline.colors import ColorStats
+from pipeline.shards import ShardSet
 from tools import verify as verify_module
 from tools.sharder import make_shards
 from tools.sources import open_source

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
-from pipeline.colorstats import ColorStats
-from pipeline.shardset import ShardSet
+from pipeline.colors import ColorStats
+from pipeline.shards import ShardSet
 from trainer import checkpoint
 from trainer.model import AlexNet
 from trainer.recipe import RECIPES, Recipe, to_dict

@@ -16,10 +16,10 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from pipeline.errors import UserError
+from pipeline.common.errors import UserError
 from pipeline.loader import Batch, read_pixels
 from pipeline.manifest import Shard
-from pipeline.shardset import ShardSet
+from pipeline.shards import ShardSet
 from trainer import bench_feed, bench_run, bench_step
 from trainer.bench import Rate, Round, Task, Work, alternate
 from trainer.cli_bench import command

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pipeline.errors import UserError
+from pipeline.common.errors import UserError
 from trainer.confusion import Answers, choose_shown, count_pairs, list_classes, read_predictions
 from trainer.tables import write_csv
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import UserError
+from pipeline.common.errors import UserError
 from pipeline.manifest import MANIFEST
-from pipeline.shardset import ShardSet
+from pipeline.shards import ShardSet
 from tests.pipeline.test_loader_faults import garble_one_image
 from tests.pipeline.test_loader_replaced import flip_a_byte, write_label
 from tests.trainer.nets import DEMO, make_run

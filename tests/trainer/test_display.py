@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from pipeline import console
+from pipeline.common import console
 from trainer.display import TerminalDisplay, choose_display, spell
 from trainer.tally import Tally, spell_duration
 

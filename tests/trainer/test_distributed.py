@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from pipeline.errors import UserError
+from pipeline.common.errors import UserError
 from trainer import distributed
 from trainer.distributed import Ranks, check_alike, choose_meeting, describe_software, launch_id, restart_count
 from trainer.evaluate import count_errors

@@ -11,8 +11,8 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from pipeline.errors import UserError
-from pipeline.shardset import ShardSet
+from pipeline.common.errors import UserError
+from pipeline.shards import ShardSet
 from tests import oracle
 from tests.trainer.nets import DEMO, PAPER, make_run
 from trainer.cli_nets import evaluate as command

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.console import Progress
-from pipeline.shardset import ShardSet
+from pipeline.common.console import Progress
+from pipeline.shards import ShardSet
 from tests.sharding import make
 from tests.trainer.nets import DEMO
 from tools.pca import compute

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.colorstats import ColorStats
-from pipeline.errors import UserError
-from pipeline.shardset import ShardSet
+from pipeline.colors import ColorStats
+from pipeline.common.errors import UserError
+from pipeline.shards import ShardSet
 from trainer.distributed import Ranks
 from trainer.evaluate import choose_dtype, count_errors, evaluate, log_probabilities, make_eval_loader
 from trainer.recipe import RECIPES

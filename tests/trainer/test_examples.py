@@ -5,9 +5,9 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.colorstats import ColorStats
+from pipeline.colors import ColorStats
 from pipeline.loader import EvalLoader, read_pixels
-from pipeline.shardset import ShardSet
+from pipeline.shards import ShardSet
 from tests import oracle
 from trainer.examples import Examples, Guess, Neighbour, choose_shown, find_examples, first_shards, nearest, spread
 from trainer.figures_images import guesses_figure, neighbours_figure, plot_guesses, plot_neighbours

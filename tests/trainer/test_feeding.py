@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pipeline.errors import UserError
+from pipeline.common.errors import UserError
 from trainer import checkpoint
 from trainer.feed import Feeding
 from trainer.job import Job

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.errors import UserError
+from pipeline.common.errors import UserError
 from pipeline.manifest import ClassEntry
 from tests.trainer.nets import DEMO, PAPER, draw_state, make_run
 from trainer import checkpoint

@@ -6,8 +6,8 @@ from html.parser import HTMLParser
 import click
 import pytest
 
-from pipeline.errors import UserError
-from pipeline.names import load_ilsvrc2012
+from pipeline.common.errors import UserError
+from pipeline.images.imagenet import load_ilsvrc2012
 from tests.trainer.reporting import WILD_CLASS, WILD_RUN, make_run
 from trainer.htmlreport import list_errors, render, write_page
 from trainer.metricslog import MetricsLog
@@ -145,7 +145,7 @@ def test_curves_of_several_runs_stand_in_the_same_charts_and_each_can_be_hidden(
 
 
 def test_kernels_predictions_neighbours_and_classes_come_from_the_net(ready_shards, tmp_path):
-    from pipeline.shardset import ShardSet
+    from pipeline.shards import ShardSet
     from tests.trainer import nets
 
     run = nets.make_run(tmp_path, "demo", ready_shards, nets.PAPER)

@@ -12,7 +12,7 @@ import torch
 from click.testing import CliRunner
 from torch import nn
 
-from pipeline.errors import UserError
+from pipeline.common.errors import UserError
 from pipeline.finish import Constants, Transform
 from tests import oracle
 from tests.pictures import picture

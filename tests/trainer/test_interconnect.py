@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from pipeline.errors import UserError
+from pipeline.common.errors import UserError
 from trainer.cli_ranks import choose_parallel
 from trainer.interconnect import (
     NETWORK,

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import console
+from pipeline.common import console
 from tests.trainer import commands
 from trainer import checkpoint
 
@@ -23,7 +23,7 @@ HIDE_CURSOR, SHOW_CURSOR = b"\x1b[?25l", b"\x1b[?25h"
 NARROW = ["--recipe", "demo", "--set", "width=0.0625", "--global-batch-size", "2", "--epochs", "50"]
 KILLED = """
 import os, signal, sys
-from pipeline import console
+from pipeline.common import console
 from trainer.display import TerminalDisplay
 from trainer.tally import Tally
 import click

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.errors import UserError
+from pipeline.common.errors import UserError
 from trainer import distributed, slurm
 from trainer.cli_ranks import check_divisible
 from trainer.distributed import Ranks, choose_device, is_peer_loss, join
@@ -31,8 +31,8 @@ PROGRAM = """
 import os, signal, sys, time
 import click, torch
 from torch.distributed.elastic.multiprocessing.api import MultiprocessContext
-from pipeline import console
-from pipeline.errors import UserError
+from pipeline.common import console
+from pipeline.common.errors import UserError
 from trainer.distributed import check_alike, gather, join, reduce_sum, restart_count
 from trainer.signals import StopRequest
 from trainer.launch import launch, run_as_rank

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.errors import UserError
+from pipeline.common.errors import UserError
 from pipeline.loader import Batch
 from tests.trainer.nets import DEMO, PAPER
 from trainer import checkpoint, lossguard, run, train

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pipeline.errors import UserError
+from pipeline.common.errors import UserError
 from tests.trainer.nets import DEMO
 from trainer import run, train
 from trainer.distributed import Ranks

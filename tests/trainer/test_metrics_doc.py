@@ -60,7 +60,7 @@ def test_every_object_of_json_logs_is_documented_with_its_fields():
             written.setdefault(kind, set()).update(set(keys) - {"kind"})
     (announce,) = calls("announce")
     written["run"] |= {keyword.arg for keyword in announce.keywords}
-    written["note"] = {"text"}  # pipeline/console.py
+    written["note"] = {"text"}  # pipeline/common/console.py
     assert written == {name: set(found) for name, found in table("`alexnet-train --json-logs`").items()}
 
 

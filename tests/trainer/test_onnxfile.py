@@ -8,9 +8,9 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from pipeline.colorstats import ColorStats
-from pipeline.errors import UserError
-from pipeline.shardset import ShardSet
+from pipeline.colors import ColorStats
+from pipeline.common.errors import UserError
+from pipeline.shards import ShardSet
 from tests import oracle
 from tests.trainer.nets import DEMO, PAPER, draw_state, make_run
 from trainer import onnxfile

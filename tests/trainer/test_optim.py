@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipeline.errors import UserError
+from pipeline.common.errors import UserError
 from tests import oracle
 from trainer import optim
 from trainer.model import AlexNet

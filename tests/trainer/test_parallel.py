@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.errors import UserError
+from pipeline.common.errors import UserError
 from trainer.distributed import Ranks, gather, join
 from trainer.exchange import Traffic, count_traffic
 from trainer.interconnect import predict_traffic

@@ -15,9 +15,9 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 
-from pipeline.errors import UserError
-from pipeline.imaging import read_square
-from pipeline.shardset import ShardSet
+from pipeline.common.errors import UserError
+from pipeline.images.resize import read_square
+from pipeline.shards import ShardSet
 from tests.pictures import noise, picture, save
 from tests.trainer.nets import DEMO, PAPER, draw_state, make_run
 from trainer.cli_nets import predict as command

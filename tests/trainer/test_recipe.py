@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.errors import UserError
+from pipeline.common.errors import UserError
 from trainer.recipe import RECIPES, Recipe, from_dict, override, to_dict
 
 PAPER, ORIGINAL = RECIPES["paper"], RECIPES["original"]

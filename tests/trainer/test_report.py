@@ -6,8 +6,8 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.errors import UserError
-from pipeline.shardset import ShardSet
+from pipeline.common.errors import UserError
+from pipeline.shards import ShardSet
 from trainer import checkpoint
 from trainer.metricslog import MetricsLog
 from trainer.model import AlexNet

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import UserError
+from pipeline.common.errors import UserError
 from tests.trainer.commands import (
     DEADLINE_S,
     NARROW,

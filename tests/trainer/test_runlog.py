@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline.errors import UserError
+from pipeline.common.errors import UserError
 from trainer import runlog
 from trainer.metricslog import MetricsLog, read_metrics
 from trainer.runlog import create_run, find_run, read_config, resolve_run, write_config

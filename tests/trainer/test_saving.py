@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.errors import UserError
+from pipeline.common.errors import UserError
 from tests.trainer.nets import DEMO
 from trainer import checkpoint
 from trainer.cli_safety import find_begun

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.nn import functional
 
-from pipeline.colorstats import ColorStats
+from pipeline.colors import ColorStats
 from pipeline.loader import TrainLoader
-from pipeline.shardset import ShardSet
+from pipeline.shards import ShardSet
 from trainer import feed
 from trainer.distributed import Ranks
 from trainer.model import AlexNet

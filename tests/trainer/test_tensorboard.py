@@ -8,11 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.colorstats import ColorStats
-from pipeline.errors import UserError
+from pipeline.colors import ColorStats
+from pipeline.common.errors import UserError
 from pipeline.loader import EvalLoader
 from pipeline.manifest import ClassEntry
-from pipeline.shardset import ShardSet
+from pipeline.shards import ShardSet
 from tests.trainer.nets import DEMO, PAPER, draw_state
 from trainer.examples import choose_shown
 from trainer.model import AlexNet

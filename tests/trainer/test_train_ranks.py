@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.colorstats import ColorStats
-from pipeline.errors import UserError
-from pipeline.shardset import ShardSet
+from pipeline.colors import ColorStats
+from pipeline.common.errors import UserError
+from pipeline.shards import ShardSet
 from trainer import checkpoint
 from trainer.distributed import Ranks, gather, join
 from trainer.feed import TrainFeed

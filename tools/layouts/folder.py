@@ -9,8 +9,8 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from pipeline.errors import UserError
-from pipeline.names import IMAGE_ENDINGS
+from pipeline.common.errors import UserError
+from pipeline.images.imagenet import IMAGE_ENDINGS
 from tools.layouts.listing import Entry, Listing, name_some
 
 EXPECTED = "SOURCE/train/<class>/*.JPEG and, if there is one, SOURCE/val/<class>/*.JPEG"

@@ -9,7 +9,7 @@ import re
 from functools import partial
 from pathlib import Path
 
-from pipeline.errors import UserError
+from pipeline.common.errors import UserError
 from tools.layouts.folder import _read, add_train, add_val, list_images, list_split, remark_ignored
 from tools.layouts.listing import Entry, Listing, name_some, split_stem
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from pipeline.errors import UserError
-from pipeline.names import load_ilsvrc2012
+from pipeline.common.errors import UserError
+from pipeline.images.imagenet import load_ilsvrc2012
 
 _NUM_NAMED = 8
 _WNID_BEHIND = re.compile(r"_n[0-9]{8}(?=(\.[^.]*)?$)")

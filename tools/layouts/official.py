@@ -13,8 +13,8 @@ import tarfile
 import zlib
 from pathlib import Path
 
-from pipeline.errors import UserError
-from pipeline.names import load_ilsvrc2012
+from pipeline.common.errors import UserError
+from pipeline.images.imagenet import load_ilsvrc2012
 from tools.layouts.listing import Entry, Listing, name_some
 from tools.layouts.spans import OpenFile, SpanReader, scan_all
 from tools.layouts.tars import Member, scan_tar

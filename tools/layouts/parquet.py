@@ -13,7 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.errors import UserError
+from pipeline.common.errors import UserError
 from tools.layouts.listing import Entry, Listing, find_wnid, name_some, strip_wnid
 from tools.layouts.parquet_pages import Column, Span, locate_values, read_span
 from tools.layouts.snappy import Unlocatable

@@ -14,7 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TypeVar
 
-from pipeline.console import Progress
+from pipeline.common.console import Progress
 from tools.layouts.listing import Entry
 
 MAX_OPEN_FILES = 128  # per process; the usual limit is 1024

@@ -9,7 +9,7 @@ compressed archives, which are refused.
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from pipeline.errors import UserError
+from pipeline.common.errors import UserError
 from tools.layouts.spans import OpenFile
 
 BLOCK_BYTES = 512

@@ -9,8 +9,8 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from pipeline.errors import UserError
-from pipeline.names import IMAGE_ENDINGS
+from pipeline.common.errors import UserError
+from pipeline.images.imagenet import IMAGE_ENDINGS
 from tools.layouts.listing import Entry, Listing, find_wnid, name_labels, name_some, strip_wnid
 from tools.layouts.spans import OpenFile, SpanReader, find_files, scan_all
 from tools.layouts.tars import scan_tar

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from pipeline.decoding import BadImage, Decoded, Pixels, decode
+from pipeline.images.decode import BadImage, Decoded, Pixels, decode
 from pipeline.manifest import IMAGE_SIZE_PX
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING
 
-from pipeline.errors import UserError
-from pipeline.files import read_json
+from pipeline.common.errors import UserError
+from pipeline.common.files import read_json
 from pipeline.manifest import MANIFEST, SPLITS, Manifest, Shard, index_header
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from typing import Any, Literal, NoReturn
 
 import click
 
-from pipeline.errors import UserError
+from pipeline.common.errors import UserError
 
 STATUS_FAILED, STATUS_USAGE, STATUS_SIGINT, STATUS_SIGTERM = 1, 2, 130, 143
 PLAIN_INTERVAL_S = 10.0

@@ -9,8 +9,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import UserError
-from pipeline.machine import temporary_for
+from pipeline.common.errors import UserError
+from pipeline.common.machine import temporary_for
 
 
 def read_json(path: Path) -> Any:

@@ -5,7 +5,7 @@ is used only if a copy mended in its headers passes the same strict decoder, and
 oddities get the reading that everyone's ImageNet has: orientation in EXIF and colour profiles are ignored,
 transparency is dropped, the first frame of an animation is taken, CMYK and YCCK are read by Adobe's convention
 (inverted) where Adobe's marker is, else as ink. Pillow reads the other formats, and JPEGs whose sampling factors
-libjpeg-turbo's simple interface has no name for. Left out: resizing and encoding (imaging.py).
+libjpeg-turbo's simple interface has no name for. Left out: resizing and encoding (resize.py).
 """
 
 import io
@@ -20,7 +20,7 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from pipeline.jpegfile import SOI, SOS, Survey, is_plain, survey
+from pipeline.images.jpegfile import SOI, SOS, Survey, is_plain, survey
 from pipeline.manifest import IMAGE_SIZE_PX
 
 # A file of more pixels is refused from its header, before anything is decoded. ImageNet's largest has about 20 million.

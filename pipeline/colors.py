@@ -14,8 +14,8 @@ from shlex import quote
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.errors import UserError
-from pipeline.files import read_json, write_atomic, write_json
+from pipeline.common.errors import UserError
+from pipeline.common.files import read_json, write_atomic, write_json
 from pipeline.manifest import IMAGE_SIZE_PX
 
 COLOR_FILE = "color.json"
