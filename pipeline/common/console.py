@@ -145,6 +145,7 @@ def flush_results(status: int) -> int:
 def run(command: click.Command) -> NoReturn:
     """Run `command` on sys.argv as the whole process, and exit with the status its outcome means."""
     take_streams()
+    os.environ["PYTHONSAFEPATH"] = "1"  # processes that we start do not import what lies in the current folder
     signal.signal(signal.SIGTERM, _raise_terminated)
     try:
         result = command.main(standalone_mode=False)
