@@ -16,7 +16,6 @@ COMMANDS = {
     "synth": ["alexnet-prep", "synth", "images", "--classes", "2", "--train", "2", "--val", "2"],
     "shard": ["alexnet-prep", "shard", "TREE", "--workers", "2", "--samples-per-shard", "32"],
     "pca": ["alexnet-prep", "pca", "--shards", "COPY"],
-    "pca --json": ["alexnet-prep", "pca", "--shards", "COPY", "--json"],
     "verify": ["alexnet-prep", "verify", "--shards", "SHARDS", "--workers", "2", "--decode"],
     "info": ["alexnet-prep", "info", "--shards", "SHARDS"],
     "preview": ["alexnet-prep", "preview", "--shards", "SHARDS", "--samples", "1"],

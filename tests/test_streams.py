@@ -12,7 +12,7 @@ import pytest
 
 from tests.documents import PROJECT, ROOT
 from tests.every_command import COMMANDS, TWO_RANKS, fill
-from tests.streams import KINDS, STDERR, STDOUT, UNBUFFERED, open_broken, run_broken
+from tests.streams import KINDS, STDERR, STDOUT, open_broken, run_broken
 from tests.trainer.commands import NARROW, environment
 
 # Runs each case on its standard input (a folder, a stream, what takes its place, words) as its script would, in a fork
@@ -87,11 +87,18 @@ def test_a_full_disk_under_the_log_or_the_results_of_a_command(command, places, 
         check(command, stream, kind, status, said)
 
 
+# As Python has its streams usually, and with PYTHONUNBUFFERED.
+CASES = {
+    "": [(stream, kind) for stream in (STDERR, STDOUT) for kind in KINDS],
+    "1": [(STDERR, "full"), (STDERR, "left"), (STDOUT, "full")],
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("unbuffered", UNBUFFERED, ids=["buffered", "unbuffered"])
+@pytest.mark.parametrize("unbuffered", CASES, ids=["buffered", "unbuffered"])
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_that_nobody_listens_to(command, unbuffered, places, tmp_path):
-    cases = [(stream, kind) for stream in (STDERR, STDOUT) for kind in KINDS]
+    cases = CASES[unbuffered]
     results = run_all(command, cases, unbuffered, places, tmp_path)
     for (stream, kind), (status, said) in zip(cases, results, strict=True):
         check(command, stream, kind, status, said)
@@ -110,8 +117,7 @@ def start_training(how: str, folder: Path, shards: Path) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("unbuffered", UNBUFFERED, ids=["buffered", "unbuffered"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "unbuffered"), [("full", ""), ("left", ""), ("closed", ""), ("full", "1")])
 @pytest.mark.parametrize("how", ["python -m trainer", "two ranks", "torchrun"])
 def test_training_goes_on_to_its_end_though_nobody_reads_its_log(how, kind, unbuffered, ready_shards, tmp_path):
     variables = {**environment(), "PYTHONUNBUFFERED": unbuffered, "PYTHONPATH": str(ROOT)}
