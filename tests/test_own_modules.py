@@ -80,7 +80,8 @@ def test_python_m_trainer_finds_our_packages(launcher, places, folder):
     run_beside([*LAUNCHERS[launcher], "-m", "trainer", *words], folder)
 
 
-@pytest.mark.parametrize("launcher", ["python", pytest.param("torchrun", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_python_m_trainer_is_ours_beside_a_trainer_of_the_users_where_the_docs_remedy_is_followed(
     launcher, places, folder
 ):
