@@ -89,6 +89,9 @@ class ShardSet:
             )
         self._seen[shard.file] = now
 
+    def fetch(self, split):
+        self.check(split)
+
     def wait(self, split: str, samples: range | None = None) -> None:
         """Block until every shard of `split` is in `root`, and check them. Raises UserError for one not to be had.
 
@@ -126,6 +129,12 @@ class ShardSet:
         for shard in self.shards("train"):
             digest.update(f"{shard.file} {shard.sha256}\n".encode())
         return digest.hexdigest()
+
+
+class Checksums:
+    def __init__(self, shards, split): ...
+    def raise_if_damaged(self): ...
+    def wait(self): ...
 
 
 def _check_files(root: Path, shard: Shard) -> None:

@@ -146,9 +146,8 @@ def _look(model: AlexNet, shards: ShardSet, colors: ColorStats, split: str, num:
     """The first `num` images of a split through the net."""
     recipe = model.recipe
     loader = EvalLoader(
-        first_shards(shards, split, num), colors, batch_size=_BATCH_SIZE, split=split, mean=recipe.mean,
-        unit_variance=recipe.unit_variance, layout="NHWC",
-    )  # fmt: skip
+        first_shards(shards, split, num), colors, recipe.transform(train=False), batch_size=_BATCH_SIZE, split=split
+    )
     dtype, hidden = choose_dtype(recipe.precision, torch.device("cpu")), list[Tensor]()
     hook = model.fc8.register_forward_hook(lambda _, inputs, __: hidden.append(inputs[0].float()))
     outputs, labels, held = [], [], 0

@@ -73,16 +73,13 @@ class Run:
             ranks,
             seed=streams.feed,
             epoch=int(saved["epoch"]) if saved else 1,
-            num_threads=job.num_threads,
-            feeding=job.feeding,
+            options=job.loader,
             whole=self.learner.split.mode == "columns",
         )
         if saved:
             self._restore(saved)
         self.eval_loader = (
-            make_eval_loader(self.shards, self.colors, recipe, ranks, "centre", job.num_threads)
-            if self.has_val
-            else None
+            make_eval_loader(self.shards, self.colors, recipe, ranks, "centre", job.loader) if self.has_val else None
         )
         self.journal = Journal(
             ranks, job.runs, job.name, describe(job, self.shards, ranks, self.started_from), self.colors,

@@ -9,17 +9,15 @@ from dataclasses import dataclass
 from typing import BinaryIO
 
 import numpy as np
+import simplejpeg
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.colors import ColorStats
 from pipeline.common.errors import UserError
-from pipeline.finish import CENTRE_PX, Transform, Views
-from pipeline.hostfinish import CpuFinisher
-from pipeline.hostpixels import decode_into
-from pipeline.kernel import load_kernel
 from pipeline.manifest import ENDINGS
+from pipeline.options import CENTRE_PX, CROP_SIZE_PX
 from pipeline.shards import ShardSet
 from trainer.evaluate import log_probabilities
 from trainer.model import AlexNet
@@ -72,15 +70,12 @@ def read_samples(shards: ShardSet, colors: ColorStats, recipe: Recipe, num: int 
         if shards.manifest.encoding == "raw":
             stored[place] = np.frombuffer(image, np.uint8).reshape(256, 256, 3)
         else:
-            decode_into(np.frombuffer(image, np.uint8), stored[place])
+            simplejpeg.decode_jpeg(image, "RGB", buffer=stored[place])
         labels.append(label)
-    transform = Transform(recipe.mean, None, False, False, recipe.unit_variance, "float32", "NHWC")
-    views = Views(torch.arange(num), torch.tensor([CENTRE_PX] * num), torch.zeros(num, dtype=torch.int64))
-    finisher = CpuFinisher(transform, colors, 1, load_kernel())
-    images = finisher.begin([torch.from_numpy(image) for image in stored].__getitem__, views, 1).result()
     top, left = CENTRE_PX
-    crops = stored[:, top : top + 224, left : left + 224].copy()
-    return Samples(crops, images.clone(), labels, shards.manifest.classes)
+    crops = stored[:, top : top + CROP_SIZE_PX, left : left + CROP_SIZE_PX].copy()
+    finish = recipe.transform(train=False).constants(colors).finisher(torch.device("cpu"))
+    return Samples(crops, finish(torch.from_numpy(crops), None), labels, shards.manifest.classes)
 
 
 def _read_sample(shards: ShardSet, position: int) -> tuple[bytes, int]:

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 import torch
-
 from pipeline.hostpixels import decode_into
+
 from pipeline.images.decode import BadImage
 from pipeline.images.resize import read_square
 from pipeline.kernel import MESSAGE_BYTES, Kernel, load_kernel

@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-
-from pipeline import balance, graph
 from pipeline.balance import find_host_share
 from pipeline.feeding import make_feed
+
+from pipeline import balance, graph
 from pipeline.graph import Feed
 
 

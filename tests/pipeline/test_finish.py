@@ -10,12 +10,12 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-
-from pipeline import hostfinish, kernel
-from pipeline.common.errors import UserError
 from pipeline.finish import Constants, GpuFinisher, Transform, Views, finish_batch
 from pipeline.hostfinish import Buffers, CpuFinisher
 from pipeline.threads import run_all, start_threads
+
+from pipeline import hostfinish, kernel
+from pipeline.common.errors import UserError
 from tests import oracle
 
 TOLERANCE_GREY = 1e-3

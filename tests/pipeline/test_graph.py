@@ -7,10 +7,10 @@ grey level, float16 and bfloat16 one unit in the last place of the result.
 import numpy as np
 import pytest
 import torch
+from pipeline.finish import FIVE_OFFSETS_PX, Transform
 
 from pipeline.colors import LIGHTING_STD
 from pipeline.common.errors import UserError
-from pipeline.finish import FIVE_OFFSETS_PX, Transform
 from pipeline.loader import EvalLoader, TrainLoader, read_pixels
 from tests import oracle
 from tests.pipeline.loading import list_images, record

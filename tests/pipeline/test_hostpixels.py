@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-
-from pipeline import kernel
 from pipeline.assemble import run_ahead
-from pipeline.common.errors import UserError
 from pipeline.finish import Transform, Views
 from pipeline.hostfinish import CpuFinisher
 from pipeline.hostpixels import decode_into
+
+from pipeline import kernel
+from pipeline.common.errors import UserError
 from tests.pipeline.loading import list_images, record
 
 NUM_IMAGES = 4

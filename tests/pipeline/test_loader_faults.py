@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from pipeline.feeding import count_local_ranks, count_threads
 
 from pipeline import graph
 from pipeline.common.errors import UserError
-from pipeline.feeding import count_local_ranks, count_threads
 from pipeline.loader import EvalLoader, TrainLoader, read_pixels
 from pipeline.shards import ShardSet
 from tests.pipeline.loading import NUM_TRAIN

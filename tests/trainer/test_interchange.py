@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from pipeline.finish import Constants, Transform
 from torch import nn
 
 from pipeline.common.errors import UserError
-from pipeline.finish import Constants, Transform
 from tests import oracle
 from tests.pictures import picture
 from tests.trainer.nets import DEMO, PAPER, draw_state, make_run
