@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 MESSAGE_BYTES = 200  # libjpeg's JMSG_LENGTH_MAX
-_FOLDER = Path(__file__).parent
+_FOLDER = Path(__file__).parent / "operators"
 _FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fPIC")
 _POINTER, _INT = ctypes.c_void_p, ctypes.c_int
 

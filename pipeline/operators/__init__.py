@@ -1,0 +1,1 @@
+"""The CPU's fast path from stored image to network input, in C."""
