@@ -8,18 +8,13 @@ what.
 """
 
 import ctypes
-import os
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 from typing import NamedTuple
 
+from pipeline.operators.compile import SOURCES, compile_library
+
 MESSAGE_BYTES = 200  # libjpeg's JMSG_LENGTH_MAX
-_FOLDER = Path(__file__).parent
-_FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fPIC")
 _POINTER, _INT = ctypes.c_void_p, ctypes.c_int
 
 
@@ -31,29 +26,10 @@ class Kernel(NamedTuple):
     decode: Callable[..., int] | None
 
 
-def compile_library(source: Path, *flags: str, libraries: tuple[str, ...] = ("-lm",)) -> ctypes.CDLL | None:
-    """A C file as a library of this process, or None. With -fopenmp its threads are those of the OpenMP that is already
-    loaded, torch's: two of them in one process would fight for the cores."""
-    compiler = shutil.which(os.environ.get("CC") or "cc")
-    if compiler is None:
-        return None
-    with tempfile.TemporaryDirectory(prefix="alexnet-kernel-") as folder:
-        compiled, library = str(Path(folder, "kernel.o")), str(Path(folder, "kernel.so"))
-        try:
-            for command in (
-                [compiler, *_FLAGS, *flags, "-c", str(source), "-o", compiled],
-                [compiler, "-shared", compiled, "-o", library, *libraries],
-            ):
-                subprocess.run(command, check=True, capture_output=True)
-            return ctypes.CDLL(library)
-        except (OSError, subprocess.SubprocessError):  # a compiler without headers, a folder mounted noexec, ...
-            return None
-
-
 @cache
 def load_kernel() -> Kernel | None:
     """It needs pixels whose rows are contiguous, and memory for its results that is aligned to 16 bytes."""
-    library = compile_library(_FOLDER / "decode.c", libraries=("-ljpeg",)) or compile_library(_FOLDER / "finish.c")
+    library = compile_library(SOURCES / "decode.c", libraries=("-ljpeg",)) or compile_library(SOURCES / "finish.c")
     if library is None:
         return None
     finish, finish_stored, decode = library.finish, library.finish_stored, getattr(library, "decode", None)

@@ -6,7 +6,7 @@
    followed by what we read of them. Prints how many were decoded and how many refused. */
 
 #define _GNU_SOURCE
-#include "../../pipeline/decode.c"
+#include "../../pipeline/operators/decode.c"
 
 #include <stdlib.h>
 #include <unistd.h>

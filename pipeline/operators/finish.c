@@ -157,6 +157,15 @@ static int read_all(int file, uint8_t *to, size_t size, off_t start)
     return 0;
 }
 
+/* `size` bytes of an open file, from byte `start` on. Returns 0, or 1 and why not in `message` (MESSAGE_BYTES). */
+int read_bytes(int file, uint8_t *to, size_t size, int64_t start, char *message)
+{
+    const int error = read_all(file, to, size, start);
+    if (error)
+        snprintf(message, MESSAGE_BYTES, "%s", error < 0 ? "the file ends there" : strerror(error));
+    return error != 0;
+}
+
 /* The same of uncompressed images (256, 256, 3): image i begins at byte starts[i] of the open file files[i], its crop at
    offsets[i] = (y, x); out + i images. Half a crop is read at a time, into the second-level cache (16 rows: 7 % slower). Returns -1, or the
    number of the first that cannot be read, and why in `message` (MESSAGE_BYTES). */
@@ -173,11 +182,8 @@ int finish_stored(int num, const int32_t *files, const int64_t *starts, const in
         for (int y = 0; y < SIDE; y++) {
             if (y % ROWS_A_READ == 0) {
                 const off_t start = starts[i] + (off_t)(offsets[i][0] + y) * 3 * STORED_SIDE;
-                const int error = read_all(files[i], rows[0], sizeof rows, start);
-                if (error) {
-                    snprintf(message, MESSAGE_BYTES, "%s", error < 0 ? "the file ends there" : strerror(error));
+                if (read_bytes(files[i], rows[0], sizeof rows, start, message))
                     return i;
-                }
             }
             finish_row(&view, rows[y % ROWS_A_READ] + 3 * offsets[i][1], y);
         }

@@ -25,26 +25,24 @@ static void leave(j_common_ptr info)
     longjmp(((Errors *)info->err)->failed, 1);
 }
 
-static void be_silent(j_common_ptr info)
+/* Warnings are errors: damaged data, or an end before all was read. */
+static void refuse_warning(j_common_ptr info, int level)
 {
-    (void)info;
+    if (level < 0)
+        leave(info);
 }
 
-/* The crop at (y, x) of a JPEG of 256x256. Returns 0, or 1 and why not in `message` (JMSG_LENGTH_MAX bytes). */
-static int decode_one(struct jpeg_decompress_struct *info, const uint8_t *data, size_t size, int y, int x, View *view,
-                      char *message)
+static void begin_codec(struct jpeg_decompress_struct *info, Errors *errors)
 {
-    /* The codec stores past the caches what it may store at multiples of 32, and these rows are read at once. */
-    uint8_t rows[ROWS_AT_ONCE][3 * STORED_SIDE + 32] __attribute__((aligned(32)));
-    JSAMPROW pointers[ROWS_AT_ONCE];
-    Errors *errors = (Errors *)info->err;
-    for (int i = 0; i < ROWS_AT_ONCE; i++)
-        pointers[i] = rows[i] + NOT_ALIGNED;
-    errors->base.num_warnings = 0;
-    if (setjmp(errors->failed)) {
-        errors->base.format_message((j_common_ptr)info, message);
-        return 1;
-    }
+    info->err = jpeg_std_error(&errors->base);
+    errors->base.error_exit = leave;
+    errors->base.emit_message = refuse_warning;
+    jpeg_create_decompress(info);
+}
+
+/* Up to the first row of a JPEG of 256x256. Returns 0, or 1 and why not in `message` (JMSG_LENGTH_MAX bytes). */
+static int begin_image(struct jpeg_decompress_struct *info, const uint8_t *data, size_t size, char *message)
+{
     jpeg_mem_src(info, (unsigned char *)data, size);
     jpeg_read_header(info, TRUE);
     if (info->image_width != STORED_SIDE || info->image_height != STORED_SIDE) {
@@ -54,6 +52,25 @@ static int decode_one(struct jpeg_decompress_struct *info, const uint8_t *data, 
     }
     info->out_color_space = JCS_RGB;
     jpeg_start_decompress(info);
+    return 0;
+}
+
+/* The crop at (y, x) of a JPEG of 256x256. Returns as begin_image. */
+static int decode_one(struct jpeg_decompress_struct *info, const uint8_t *data, size_t size, int y, int x, View *view,
+                      char *message)
+{
+    /* The codec stores past the caches what it may store at multiples of 32, and these rows are read at once. */
+    uint8_t rows[ROWS_AT_ONCE][3 * STORED_SIDE + 32] __attribute__((aligned(32)));
+    JSAMPROW pointers[ROWS_AT_ONCE];
+    Errors *errors = (Errors *)info->err;
+    for (int i = 0; i < ROWS_AT_ONCE; i++)
+        pointers[i] = rows[i] + NOT_ALIGNED;
+    if (setjmp(errors->failed)) {
+        errors->base.format_message((j_common_ptr)info, message);
+        return 1;
+    }
+    if (begin_image(info, data, size, message))
+        return 1;
     while (info->output_scanline < (JDIMENSION)(y + SIDE)) {
         const int first = info->output_scanline;
         const int num = jpeg_read_scanlines(info, pointers, ROWS_AT_ONCE);
@@ -61,12 +78,39 @@ static int decode_one(struct jpeg_decompress_struct *info, const uint8_t *data, 
             if (first + i >= y && first + i < y + SIDE)
                 finish_row(view, pointers[i] + 3 * x, first + i - y);
     }
-    if (errors->base.num_warnings) { /* data that are damaged, or end before the crop does */
+    jpeg_abort_decompress(info);
+    return 0;
+}
+
+/* All of a JPEG of 256x256, up to its end marker, into `out`, (256, 256, 3). Returns as begin_image. */
+static int decode_rows(struct jpeg_decompress_struct *info, const uint8_t *data, size_t size, uint8_t *out,
+                       char *message)
+{
+    Errors *errors = (Errors *)info->err;
+    if (setjmp(errors->failed)) {
         errors->base.format_message((j_common_ptr)info, message);
         return 1;
     }
-    jpeg_abort_decompress(info);
+    if (begin_image(info, data, size, message))
+        return 1;
+    while (info->output_scanline < STORED_SIDE) {
+        JSAMPROW pointers[ROWS_AT_ONCE];
+        for (int i = 0; i < ROWS_AT_ONCE; i++)
+            pointers[i] = out + 3 * STORED_SIDE * (info->output_scanline + i);
+        jpeg_read_scanlines(info, pointers, ROWS_AT_ONCE);
+    }
+    jpeg_finish_decompress(info);
     return 0;
+}
+
+int decode_whole(const uint8_t *data, size_t size, uint8_t *out, char *message)
+{
+    struct jpeg_decompress_struct info;
+    Errors errors;
+    begin_codec(&info, &errors);
+    const int failed = decode_rows(&info, data, size, out, message);
+    jpeg_destroy_decompress(&info);
+    return failed;
 }
 
 /* Images data[i] of sizes[i] bytes, offsets[i] = (y, x), out + i images; the rest is finish()'s, bias of each image.
@@ -79,10 +123,7 @@ int decode(int num, const uint8_t *const *data, const size_t *sizes, const int32
     struct jpeg_decompress_struct info;
     Errors errors;
     int failed = -1;
-    info.err = jpeg_std_error(&errors.base);
-    errors.base.error_exit = leave;
-    errors.base.output_message = be_silent;
-    jpeg_create_decompress(&info);
+    begin_codec(&info, &errors);
     for (int i = 0; i < num && failed < 0; i++) {
         View view;
         begin_view(&view, are_flipped[i], biases[i], mean_image, factor, (char *)out + i * image_bytes, is_nchw,
