@@ -16,9 +16,8 @@ from torch import Tensor
 from pipeline.common.errors import UserError
 from pipeline.finish import MAX_OFFSET_PX
 from pipeline.graph import Feed, Pipeline
-from pipeline.indexfile import find_damage
 from pipeline.manifest import CLS_DIGITS, KEY_DIGITS, MANIFEST
-from pipeline.shards import ShardSet
+from pipeline.shards import ShardSet, find_damage
 from pipeline.stored import SampleTable
 
 NUMBERS = ["label", "key"]  # what every graph gives besides pixels

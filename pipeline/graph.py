@@ -20,9 +20,8 @@ from numpy.typing import NDArray
 
 from pipeline.common.errors import UserError
 from pipeline.finish import CROP_SIZE_PX, MAX_OFFSET_PX, Transform
-from pipeline.indexfile import check_index, find_damage
 from pipeline.manifest import CLS_DIGITS, ENDINGS, IMAGE_SIZE_PX, KEY_DIGITS
-from pipeline.shards import ShardSet
+from pipeline.shards import ShardSet, check_index, find_damage
 
 try:
     from nvidia.dali import fn, types

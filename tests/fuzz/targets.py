@@ -13,9 +13,8 @@ from typing import NamedTuple
 
 from pipeline.colors import COLOR_FILE, MEAN_IMAGE_FILE, ColorStats
 from pipeline.common.errors import UserError
-from pipeline.indexfile import check_index, check_places
 from pipeline.manifest import MANIFEST
-from pipeline.shards import ShardSet
+from pipeline.shards import ShardSet, check_index, check_places
 from pipeline.stored import SampleTable
 
 Read = Callable[[bytes], bool]  # whether the bytes were read; False: refused

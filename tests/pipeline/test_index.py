@@ -3,8 +3,7 @@
 import pytest
 
 from pipeline.common.errors import UserError
-from pipeline.indexfile import check_index, check_places, find_damage
-from pipeline.shards import ShardSet
+from pipeline.shards import ShardSet, check_index, check_places, find_damage
 
 
 def edit_row(shards: ShardSet, number: int, change) -> None:
