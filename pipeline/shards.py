@@ -11,7 +11,10 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from shlex import quote
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from pipeline.common.errors import UserError
 from pipeline.common.files import read_json
@@ -152,14 +155,33 @@ def _check_files(root: Path, shard: Shard) -> None:
         raise UserError(f"{index}: starts with {header!r}, expected {expected!r} (stale index); {remedy}")
 
 
-def check_index(path: Path, shard: Shard, ending: str) -> None:
-    """Raises UserError naming the first row that is not of the form "jpg 512 24470 000000855.jpg cls 25600 5 ...", or
-    the number of rows, if it is not the shard's. `ending`: of its images."""
+class Index(NamedTuple):
+    """Of a shard's N samples, in stored order: key, where the image begins in the tar, its bytes, where the label
+    begins. int64 (N,) each."""
+
+    keys: NDArray[np.int64]
+    offsets: NDArray[np.int64]
+    sizes: NDArray[np.int64]
+    labels: NDArray[np.int64]
+
+
+def read_index(path: Path, shard: Shard, ending: str) -> Index:
+    """What an index says. Raises UserError as check_index does."""
+    words = check_index(path, shard, ending).translate(None, b"abcdefghijklmnopqrstuvwxyz.")
+    offsets, sizes, keys, labels, _, _ = np.fromstring(words, np.int64, sep=" ").reshape(-1, 6).T
+    return Index(keys, offsets, sizes, labels)
+
+
+def check_index(path: Path, shard: Shard, ending: str) -> bytes:
+    """The rows of an index. Raises UserError naming the first that is not of the form "jpg 512 24470 000000855.jpg cls
+    25600 5 ...", or their number, if it is not the shard's. `ending`: of its images.
+
+    One regular expression over all: 0.8 s for ImageNet's 1.3 million rows."""
     data = path.read_bytes()
     header = index_header(shard.samples).encode() + b"\n"
     rows = data.removeprefix(header)
     if len(rows) < len(data) and rows.count(b"\n") == shard.samples and _form(ending, many=True).fullmatch(rows):
-        return
+        return rows
     for row in rows.splitlines():
         if not _form(ending).fullmatch(row + b"\n"):
             shown = row[:80].decode("ascii", "backslashreplace")
@@ -174,23 +196,23 @@ def find_damage(shards: ShardSet, split: str) -> None:
     shards.check(split)  # deleted or cut since the epoch began
     for shard, tar, index in zip(shards.shards(split), shards.tars(split), shards.indices(split), strict=True):
         tar.open("rb").close()
-        check_index(index, shard, ENDINGS[shards.manifest.encoding])
-        check_places(index, shard)
+        check_places(index, shard, ENDINGS[shards.manifest.encoding])
 
 
-def check_places(path: Path, shard: Shard) -> None:
-    """Raises UserError naming the first sample that cannot lie where the index says, by the size of its tar."""
-    end = 0
-    for row in path.read_text(encoding="ascii", errors="replace").splitlines()[1:]:
-        words = row.split()
-        for offset, size, name in zip(words[1::4], words[2::4], words[3::4], strict=True):
-            first, last = int(offset), int(offset) + int(size)
-            if first % _BLOCK_BYTES or first < end + _BLOCK_BYTES or last > shard.bytes:
-                raise UserError(
-                    f"{path}: says {name} lies at {first} to {last}, expected a multiple of {_BLOCK_BYTES} past {end}, "
-                    f"within the tar's {shard.bytes} bytes; {_REMEDY}"
-                )
-            end = last
+def check_places(path: Path, shard: Shard, ending: str) -> None:
+    """Raises UserError naming the first image or label that cannot lie where the index says, by the size of its tar."""
+    keys, offsets, sizes, labels = read_index(path, shard, ending)
+    first = np.stack([offsets, labels], axis=1).ravel()
+    last = np.stack([offsets + sizes, labels + CLS_DIGITS], axis=1).ravel()
+    end = np.concatenate([[0], last])[:-1]
+    wrong = np.flatnonzero((first % _BLOCK_BYTES != 0) | (first < end + _BLOCK_BYTES) | (last > shard.bytes))
+    if len(wrong):
+        at = wrong[0]
+        name = f"{keys[at // 2]:0{KEY_DIGITS}d}.{'cls' if at % 2 else ending}"
+        raise UserError(
+            f"{path}: says {name} lies at {first[at]} to {last[at]}, expected a multiple of {_BLOCK_BYTES} past "
+            f"{end[at]}, within the tar's {shard.bytes} bytes; {_REMEDY}"
+        )
 
 
 @cache

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from pipeline.common.console import note
 from pipeline.common.errors import UserError
 from pipeline.manifest import ENDINGS, IMAGE_SIZE_PX
-from pipeline.shards import ShardSet
+from pipeline.shards import ShardSet, read_index
 
 SAMPLE_SHAPE = (IMAGE_SIZE_PX, IMAGE_SIZE_PX, 3)
 ROW_BYTES = IMAGE_SIZE_PX * 3
@@ -38,12 +38,12 @@ class SampleTable:
         self._tars = shards.tars(split)
         self._files: dict[int, int] = {}
         self._lock = threading.Lock()
-        rows: list[tuple[int, int, int, int]] = []
-        for number, path in enumerate(shards.indices(split)):
-            for line in path.read_text(encoding="ascii", errors="replace").splitlines()[1:]:
-                rows.append((*_find(line.split(), ending, path), number))
-        table = np.array(sorted(rows), dtype=np.int64).reshape(-1, 4)
-        self._keys, self._offsets, self._sizes, self._numbers = table.T
+        rows = [np.empty((4, 0), np.int64)]
+        for number, (path, shard) in enumerate(zip(shards.indices(split), shards.shards(split), strict=True)):
+            index = read_index(path, shard, ending)
+            rows.append(np.stack([index.keys, index.offsets, index.sizes, np.full(shard.samples, number)]))
+        table = np.concatenate(rows, axis=1)
+        self._keys, self._offsets, self._sizes, self._numbers = table[:, np.argsort(table[0], kind="stable")]
         wrong = np.flatnonzero(self._sizes != SAMPLE_BYTES) if ending == "rgb" else np.empty(0, np.int64)
         if len(wrong):
             raise UserError(
@@ -108,15 +108,6 @@ class SampleTable:
     def __del__(self) -> None:
         for descriptor in getattr(self, "_files", {}).values():
             os.close(descriptor)
-
-
-def _find(words: list[str], ending: str, path: Path) -> tuple[int, int, int]:
-    """(key, offset, bytes) of the image in a row of an index: "jpg 512 24470 000000855.jpg cls 25600 5 ..."."""
-    for extension, offset, size, name in zip(*[iter(words)] * 4, strict=False):
-        key = name.rpartition("/")[2].partition(".")[0]
-        if extension == ending and key.isdecimal() and offset.isdecimal() and size.isdecimal():
-            return int(key), int(offset), int(size)
-    raise UserError(f"{path}: no .{ending} in row {' '.join(words)!r}; run `alexnet-prep shard` again with --force")
 
 
 class MemoryPixels:

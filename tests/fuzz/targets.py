@@ -76,7 +76,7 @@ def refuses_in_one_line(read: Callable[[], object]) -> bool:
 def _read_index(shards: ShardSet) -> None:
     shard, path = shards.shards("train")[0], shards.indices("train")[0]
     check_index(path, shard, "jpg")
-    check_places(path, shard)
+    check_places(path, shard, "jpg")
     SampleTable(shards, "train")
 
 
