@@ -17,14 +17,13 @@ from torch import Tensor
 
 from pipeline.common.errors import UserError
 from pipeline.graph import Pipeline, has_own_operators
-from pipeline.indexfile import find_damage
 from pipeline.manifest import CLS_DIGITS, KEY_DIGITS, MANIFEST
+from pipeline.operators import find_failure
 from pipeline.options import GraphSpec, Transform
-from pipeline.shards import Checksums, ShardSet
+from pipeline.shards import Checksums, ShardSet, find_damage
 
 _LABEL_POWERS = 10 ** np.arange(CLS_DIGITS - 1, -1, -1)
 _KEY_POWERS = 10 ** np.arange(KEY_DIGITS - 1, -1, -1)
-_OWN_ERROR = re.compile(r"alexnet: (?P<tar>[^\n]*?):\d+:(?P<key>\d+)\.\w+: (?P<reason>[^\n]*)")
 _DALI_ERROR = re.compile(r"encountered:\s*(.*?)\s*(?:C\+\+ context:|Current pipeline object|$)", re.DOTALL)
 
 
@@ -195,8 +194,8 @@ def _read_number(digits: NDArray[np.uint8], powers: NDArray[np.int64]) -> NDArra
 
 def _explain(error: RuntimeError, shards: ShardSet, spec: GraphSpec, checksums: Checksums | None) -> UserError:
     """What DALI's error means: the sample that cannot be decoded, the damaged shard, or DALI's own reason."""
-    if found := _OWN_ERROR.search(str(error)):
-        return _refuse(Path(found["tar"]), found["key"], found["reason"], shards, spec)
+    if failure := find_failure(error):
+        return _refuse(Path(failure.path), failure.key, failure.reason, shards, spec)
     try:
         find_damage(shards, spec.split)
         if checksums is not None:

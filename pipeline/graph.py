@@ -17,7 +17,6 @@ from numpy.typing import ArrayLike, NDArray
 
 from pipeline.colors import ColorStats
 from pipeline.common.errors import UserError
-from pipeline.indexfile import check_index, find_damage
 from pipeline.manifest import CLS_DIGITS, ENDINGS, IMAGE_SIZE_PX, KEY_DIGITS
 from pipeline.operators import load_operators
 from pipeline.options import (
@@ -29,7 +28,7 @@ from pipeline.options import (
     GraphSpec,
     Transform,
 )
-from pipeline.shards import ShardSet
+from pipeline.shards import ShardSet, check_index, find_damage
 
 try:
     from nvidia.dali import fn, types

@@ -6,17 +6,25 @@ sizes, index headers), so that what is wrong is said before anything starts. Lef
 """
 
 import hashlib
+import re
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from shlex import quote
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from pipeline.common.errors import UserError
 from pipeline.common.files import read_json
-from pipeline.manifest import MANIFEST, SPLITS, Manifest, Shard, index_header
+from pipeline.manifest import CLS_DIGITS, ENDINGS, KEY_DIGITS, MANIFEST, SPLITS, Manifest, Shard, index_header
 
 if TYPE_CHECKING:
     from pipeline.cache import Remote
+
+_BLOCK_BYTES = 512  # of a tar: each member has a header before it, and begins at a multiple
+_REMEDY = "restore it, or run `alexnet-prep shard` again with --force"
 
 
 @dataclass(frozen=True)
@@ -154,3 +162,72 @@ def _check_files(root: Path, shard: Shard) -> None:
         raise UserError(f"{index}: missing; {remedy}") from None
     if header != expected:
         raise UserError(f"{index}: starts with {header!r}, expected {expected!r} (stale index); {remedy}")
+
+
+class Index(NamedTuple):
+    """Of a shard's N samples, in stored order: key, where the image begins in the tar, its bytes, where the label
+    begins. int64 (N,) each."""
+
+    keys: NDArray[np.int64]
+    offsets: NDArray[np.int64]
+    sizes: NDArray[np.int64]
+    labels: NDArray[np.int64]
+
+
+def read_index(path: Path, shard: Shard, ending: str) -> Index:
+    """What an index says. Raises UserError as check_index does."""
+    words = check_index(path, shard, ending).translate(None, b"abcdefghijklmnopqrstuvwxyz.")
+    offsets, sizes, keys, labels, _, _ = np.fromstring(words, np.int64, sep=" ").reshape(-1, 6).T
+    return Index(keys, offsets, sizes, labels)
+
+
+def check_index(path: Path, shard: Shard, ending: str) -> bytes:
+    """The rows of an index. Raises UserError naming the first that is not of the form "jpg 512 24470 000000855.jpg cls
+    25600 5 ...", or their number, if it is not the shard's. `ending`: of its images.
+
+    One regular expression over all: 0.8 s for ImageNet's 1.3 million rows."""
+    data = path.read_bytes()
+    header = index_header(shard.samples).encode() + b"\n"
+    rows = data.removeprefix(header)
+    if len(rows) < len(data) and rows.count(b"\n") == shard.samples and _form(ending, many=True).fullmatch(rows):
+        return rows
+    for row in rows.splitlines():
+        if not _form(ending).fullmatch(row + b"\n"):
+            shown = row[:80].decode("ascii", "backslashreplace")
+            expected = f"'{ending} OFFSET BYTES KEY.{ending} cls OFFSET {CLS_DIGITS} KEY.cls'"
+            raise UserError(f"{path}: has the row {shown!r}, expected {expected}; {_REMEDY}")
+    raise UserError(f"{path}: {rows.count(bytes([10]))} rows, expected {shard.samples}; {_REMEDY}")
+
+
+def find_damage(shards: ShardSet, split: str) -> None:
+    """Raises UserError, or OSError with the file's name, for what must have kept a split from being read, if that can
+    be told from its tars' sizes and its indices."""
+    shards.check(split)  # deleted or cut since the epoch began
+    for shard, tar, index in zip(shards.shards(split), shards.tars(split), shards.indices(split), strict=True):
+        tar.open("rb").close()
+        check_places(index, shard, ENDINGS[shards.manifest.encoding])
+
+
+def check_places(path: Path, shard: Shard, ending: str) -> None:
+    """Raises UserError naming the first image or label that cannot lie where the index says, by the size of its tar."""
+    keys, offsets, sizes, labels = read_index(path, shard, ending)
+    first = np.stack([offsets, labels], axis=1).ravel()
+    last = np.stack([offsets + sizes, labels + CLS_DIGITS], axis=1).ravel()
+    end = np.concatenate([[0], last])[:-1]
+    wrong = np.flatnonzero((first % _BLOCK_BYTES != 0) | (first < end + _BLOCK_BYTES) | (last > shard.bytes))
+    if len(wrong):
+        at = wrong[0]
+        name = f"{keys[at // 2]:0{KEY_DIGITS}d}.{'cls' if at % 2 else ending}"
+        raise UserError(
+            f"{path}: says {name} lies at {first[at]} to {last[at]}, expected a multiple of {_BLOCK_BYTES} past "
+            f"{end[at]}, within the tar's {shard.bytes} bytes; {_REMEDY}"
+        )
+
+
+@cache
+def _form(ending: str, *, many: bool = False) -> re.Pattern[bytes]:
+    """Of one row, or of all; in each, image and label are the same sample's."""
+    number, key = rb"[0-9]{1,18}", rb"([0-9]{%d})" % KEY_DIGITS
+    image = rb"%b %b %b %b\.%b" % (ending.encode(), number, number, key, ending.encode())
+    row = rb"%b cls %b %d \1\.cls\n" % (image, number, CLS_DIGITS)
+    return re.compile(rb"(?:%b)*+" % row if many else row)

@@ -11,12 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from pipeline.stored import SampleTable
+
 from pipeline.colors import COLOR_FILE, MEAN_IMAGE_FILE, ColorStats
 from pipeline.common.errors import UserError
-from pipeline.indexfile import check_index, check_places
 from pipeline.manifest import MANIFEST
-from pipeline.shards import ShardSet
-from pipeline.stored import SampleTable
+from pipeline.shards import ShardSet, check_index, check_places
 
 Read = Callable[[bytes], bool]  # whether the bytes were read; False: refused
 NUM_READ_BACK = 4  # entries of a source that are read as well as listed
@@ -77,7 +77,7 @@ def refuses_in_one_line(read: Callable[[], object]) -> bool:
 def _read_index(shards: ShardSet) -> None:
     shard, path = shards.shards("train")[0], shards.indices("train")[0]
     check_index(path, shard, "jpg")
-    check_places(path, shard)
+    check_places(path, shard, "jpg")
     SampleTable(shards, "train")
 
 

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from pipeline.stored import ROW_BYTES, SAMPLE_BYTES, MemoryPixels, SampleTable, available_bytes, choose_memory
 
 from pipeline import stored
 from pipeline.common.errors import UserError
 from pipeline.shards import ShardSet
-from pipeline.stored import ROW_BYTES, SAMPLE_BYTES, MemoryPixels, SampleTable, available_bytes, choose_memory
 from tests import oracle
 from tests.pipeline.loading import make_raw, read_keys
 
@@ -50,27 +50,28 @@ def test_a_key_that_no_index_has_is_named(private_raw):
     with pytest.raises(UserError, match="sample 987654321 is in no index"):
         SampleTable(private_raw, "train").find(np.array([0, 987654321]))
     path = private_raw.indices("train")[0]
-    header, row, *others = path.read_text().splitlines()
-    path.write_text("\n".join([header, *others]))
-    key = int(row.split()[3][:9])
-    with pytest.raises(UserError, match=f"sample {key:09d} is in no index"):
-        SampleTable(private_raw, "train").find(np.array([key]))
+    row = path.read_text().splitlines()[1]
+    key = row.split()[3][:9]
+    path.write_text(path.read_text().replace(key, "987654321"))
+    with pytest.raises(UserError, match=f"sample {key} is in no index"):
+        SampleTable(private_raw, "train").find(np.array([987654321, int(key)]))
 
 
 @pytest.mark.parametrize(
     ("row", "message"),
     [
         ("rgb 512 196607 000000001.rgb cls 197632 5 000000001.cls", "000000001 has 196607 bytes, expected 196608"),
-        ("png 512 196608 000000001.png", "no .rgb in row 'png 512"),
-        ("rgb x 196608 000000001.rgb", "no .rgb in row"),
-        ("rgb", "no .rgb in row"),
+        ("png 512 196608 000000001.png cls 197632 5 000000001.cls", "has the row 'png 512 .*, expected 'rgb OFFSET"),
+        ("rgb x 196608 000000001.rgb cls 197632 5 000000001.cls", "has the row 'rgb x 196608"),
+        ("rgb", "has the row 'rgb', expected 'rgb OFFSET BYTES KEY.rgb cls OFFSET 5 KEY.cls'"),
+        (None, "15 rows, expected 16"),
     ],
 )
 def test_a_damaged_index_is_refused_by_name(private_raw, row, message):
     path = private_raw.indices("train")[0]
     lines = path.read_text().splitlines()
-    lines[1] = row
-    path.write_text("\n".join(lines))
+    lines[1:2] = [] if row is None else [row]
+    path.write_text("\n".join([*lines, ""]))
     with pytest.raises(UserError, match=message) as caught:
         SampleTable(private_raw, "train")
     assert path.stem in str(caught.value)
