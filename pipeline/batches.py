@@ -83,8 +83,7 @@ class BatchStream:
         self._is_running, self._process = False, os.getpid()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="alexnet-loader")
         self._next: TakenBatch | None = None
-        self._held: Any = None
-        self._state = (self._checkpoint(), num_taken)
+        self.first_state = (self._checkpoint(), num_taken)
         is_strict = spec.encoding == "raw" or has_own_operators(spec)
         self._checksums = None if is_strict else Checksums(shards, spec.split)
 
@@ -109,18 +108,11 @@ class BatchStream:
 
     def pop(self) -> None:
         """The batch that was peeked at is delivered."""
-        if self._next is not None:
-            self._state = self._next.state
-            self._held = self._next.images if self._spec.device == "gpu" else None  # until the next is delivered
         self._next = None
 
     def put_back(self, taken: TakenBatch) -> None:
         """It is not, after all."""
         self._next = taken
-
-    def state(self) -> tuple[bytes, int]:
-        """The graph's checkpoint behind the batches delivered, and how many of DALI's epoch they are."""
-        return self._state
 
     def check(self) -> None:
         """Raises UserError if a shard is missing, was replaced or, where that would not be noticed, is damaged."""

@@ -128,7 +128,7 @@ class TrainLoader:
     def keys(self) -> Tensor:
         """Of the latest batch: int64 (B,), on the host."""
         latest = self._at.latest
-        return torch.empty(0, dtype=torch.int64, device="cpu") if latest is None else read_keys(latest)
+        return torch.empty(0, dtype=torch.int64, device="cpu") if latest is None else read_keys(latest.numbers)
 
     @property
     def draws(self) -> Draws | None:
@@ -136,33 +136,18 @@ class TrainLoader:
         latest = self._at.latest
         if latest is None:
             return None
-        offset = np.stack([latest["y"], latest["x"]], axis=-1) * MAX_OFFSET_PX  # whole numbers already
-        noise = torch.from_numpy(latest["noise"])
+        numbers = latest.numbers
+        offset = np.stack([numbers["y"], numbers["x"]], axis=-1) * MAX_OFFSET_PX  # whole numbers already
+        noise = torch.from_numpy(numbers["noise"])
         shift = torch.zeros_like(noise)
         if self._basis is not None:
             shift = (noise[:, None, :] * torch.from_numpy(self._basis)).sum(-1)
-        return Draws(torch.from_numpy(offset.astype(np.int32)), torch.from_numpy(latest["flip"]), shift, self.keys)
+        return Draws(torch.from_numpy(offset.astype(np.int32)), torch.from_numpy(numbers["flip"]), shift, self.keys)
 
     def __iter__(self) -> Iterator[Batch]:
         if self._at.step == self._num_steps:
             self._end_epoch()
         return _Epoch(self)
-
-    def _next(self) -> Batch | None:
-        """The next batch of this epoch; None, and the next epoch, behind its last one."""
-        if self._at.step == self._num_steps:
-            self._end_epoch()
-            return None
-        before, taken = self._at, self._stream.peek()
-        batch = taken.to_batch(self.spec, self.transform)
-        try:
-            self._at = _Place(before.epoch, before.step + 1, taken.numbers)
-            self._stream.pop()
-            return batch
-        except BaseException:  # a signal's, just now: what was not delivered is not consumed
-            self._stream.put_back(taken)
-            self._at = before
-            raise
 
     def _end_epoch(self) -> None:
         self._stream.check()  # an epoch of replaced or damaged shards does not count
@@ -170,7 +155,8 @@ class TrainLoader:
 
     def state_dict(self) -> dict[str, Any]:
         """Where this rank is: plain strings and integers, to be given to `load_state_dict` on the same rank."""
-        checkpoint, num_taken = self._stream.state()
+        latest = self._at.latest
+        checkpoint, num_taken = self._stream.first_state if latest is None else latest.state
         return {
             "epoch": self._at.epoch,
             "step": self._at.step,
@@ -208,12 +194,20 @@ class TrainLoader:
         self._stream, self._at = stream, _Place(epoch, step)
 
 
+class _Latest(NamedTuple):
+    """Of the batch given last: its numbers, the graph's state behind it, on a GPU its memory until the next is given."""
+
+    numbers: dict[str, NDArray[Any]]
+    state: tuple[bytes, int]
+    images: Any
+
+
 class _Place(NamedTuple):
-    """Where a training loader is: epoch from 1, batches given in it, and the numbers of the latest batch."""
+    """Where a training loader is: epoch from 1, batches given in it, and the latest of them."""
 
     epoch: int
     step: int
-    latest: "dict[str, NDArray[Any]] | None" = None
+    latest: _Latest | None = None
 
 
 class _Epoch(Iterator[Batch]):
@@ -223,10 +217,23 @@ class _Epoch(Iterator[Batch]):
         self._loader, self._epoch = loader, loader.epoch
 
     def __next__(self) -> Batch:
-        batch = self._loader._next() if self._loader.epoch == self._epoch else None
-        if batch is None:
+        loader, before = self._loader, self._loader._at
+        if before.epoch != self._epoch:
             raise StopIteration
-        return batch
+        if before.step == len(loader):
+            loader._end_epoch()
+            raise StopIteration
+        taken = loader._stream.peek()
+        batch = taken.to_batch(loader.spec, loader.transform)
+        try:
+            held = taken.images if loader.spec.device == "gpu" else None
+            loader._at = _Place(before.epoch, before.step + 1, _Latest(taken.numbers, taken.state, held))
+            loader._stream.pop()
+            return batch
+        except BaseException:  # a signal's, just now: what was not delivered is not consumed
+            loader._stream.put_back(taken)
+            loader._at = before
+            raise
 
 
 class EvalLoader:
