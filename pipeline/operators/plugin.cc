@@ -86,10 +86,9 @@ class Buffers : public std::enable_shared_from_this<Buffers> {
 /* Tars, held open, and where in them the pixels of a sample lie: right before its label. */
 class Tars {
  public:
-  Tars() : folder_(open(".", O_PATH | O_DIRECTORY | O_CLOEXEC)) {}
+  Tars() = default;
   ~Tars() {
     for (auto &tar : files_) close(tar.second);
-    close(folder_);
   }
   Tars(const Tars &) = delete;
   Tars &operator=(const Tars &) = delete;
@@ -106,12 +105,12 @@ class Tars {
   }
 
  private:
-  /* The number of an open file, or minus that of an error. Paths are those of the folder in which the graph began. */
+  /* The number of an open file, or minus that of an error. */
   int Open(const std::string &path) {
     std::lock_guard<std::mutex> guard(lock_);
     auto found = files_.find(path);
     if (found != files_.end()) return found->second;
-    const int file = openat(folder_, path.c_str(), O_RDONLY | O_CLOEXEC);
+    const int file = open(path.c_str(), O_RDONLY | O_CLOEXEC);
     if (file < 0) return -errno;
     files_.emplace(path, file);
     return file;
@@ -127,7 +126,6 @@ class Tars {
     return is_right ? "" : "no pixels before its label";
   }
 
-  const int folder_;
   std::mutex lock_;
   std::unordered_map<std::string, int> files_;
 };
