@@ -4,7 +4,9 @@ import itertools
 import os
 import random
 import re
+import resource
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -98,6 +100,13 @@ def test_without_arguments_the_centre_is_cut_and_nothing_added(shards, ending):
     shard, pixels = shards[ending]
     got = run(make_graph(shard, batch_size=NUM, ending=ending))
     assert np.array_equal(got, np.stack([image[16:240, 16:240].transpose(2, 0, 1) for image in pixels]))
+
+
+def test_a_crop_begins_at_the_nearest_pixel(shards):
+    shard, pixels = shards["rgb"]
+    options = {"crop_pos_y": 0.3, "crop_pos_x": 0.99, "dtype": types.UINT8, "output_layout": "HWC"}
+    got = run(make_graph(shard, batch_size=1, ending="rgb", **options))
+    assert np.array_equal(got[0], pixels[0][10:234, 32:])
 
 
 @pytest.mark.parametrize("num", [1, 2, 7, 64, 257])
@@ -228,16 +237,48 @@ def take(graph) -> torch.Tensor:
     return torch.from_dlpack(graph.run()[0].as_tensor())
 
 
-def test_a_batch_is_its_holders_and_its_memory_is_used_again_afterwards(shards):
-    shard, _ = shards["jpg"]
-    graph = make_random_graph(shard, "jpg")
+def test_a_batch_stays_as_it_is_while_somebody_holds_it(shards):
+    graph = make_random_graph(shards["jpg"][0], "jpg")
     held = [take(graph) for _ in range(3)]
     copies = [batch.clone() for batch in held]
     addresses = {take(graph).data_ptr() for _ in range(40)}
-    assert all(torch.equal(batch, copy) for batch, copy in zip(held, copies, strict=True))
-    assert len(addresses) < 10 and not addresses & {batch.data_ptr() for batch in held}
+    assert not addresses & {batch.data_ptr() for batch in held} and len(addresses) < 10
     del graph
     assert all(torch.equal(batch, copy) for batch, copy in zip(held, copies, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [types.FLOAT, types.UINT8])
+def test_memory_that_nobody_holds_is_used_again(shards, dtype):
+    """Fresh memory would be ten page faults a batch or more: of huge pages, float32."""
+    graph = make_graph(shards["rgb"][0], batch_size=128, ending="rgb", dtype=dtype)
+    for _ in range(10):
+        take(graph)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(40):
+        take(graph)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 40 * 5
+
+
+def run_until_it_fails(graph) -> Failure | None:
+    """The failure that comes within twenty batches."""
+    with pytest.raises(RuntimeError) as caught:
+        for _ in range(20):
+            run(graph)
+    return find_failure(caught.value)
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def test_memory_of_a_batch_that_outlives_its_graph_is_given_back(shards):
+    graph = make_graph(shards["rgb"][0], batch_size=128, ending="rgb")
+    held = take(graph)
+    del graph
+    before = resident_bytes()
+    size = held.nbytes
+    del held
+    assert before - resident_bytes() > 0.9 * size
 
 
 JPEG = make_jpeg(seed=7)
@@ -276,6 +317,13 @@ def test_damage_below_the_crop_is_an_error_of_the_whole_image_alone(tmp_path):
             run(make_graph(shard, draws, batch_size=1, **options))
 
 
+def test_a_whole_image_ends_with_its_end_marker(tmp_path):
+    shard = write_shard(tmp_path / "shard.tar", [JPEG[:-2]], "jpg")
+    assert run_until_it_fails(make_graph(shard, batch_size=1, whole=True)) == Failure(
+        str(shard), "000000000", "Premature end of JPEG file"
+    )
+
+
 @pytest.mark.slow
 def test_mutants_are_judged_as_the_strict_codec_judges_them(tmp_path):
     seeds = [data for data in make_jpegs() if simplejpeg.decode_jpeg_header(data)[2] != "CMYK"]  # no shard has these
@@ -306,14 +354,6 @@ def raw(shards, tmp_path):
     return tmp_path / "own.tar"
 
 
-def run_until_it_fails(graph) -> Failure | None:
-    """The failure that comes within twenty batches."""
-    with pytest.raises(RuntimeError) as caught:
-        for _ in range(20):
-            run(graph)
-    return find_failure(caught.value)
-
-
 @pytest.mark.parametrize("whole", [False, True])
 def test_a_tar_that_is_gone_is_named(raw, whole):
     raw.unlink()
@@ -339,12 +379,15 @@ def test_a_tar_that_is_cut_while_it_is_read_is_an_error_that_names_it(raw):
 
 def test_labels_without_pixels_before_them_are_refused(tmp_path):
     pixels = [make_pixels(n).tobytes() for n in range(3)]
-    shard = write_shard(tmp_path / "shard.tar", pixels, "rgb", label_first=True)
-    refused = run_until_it_fails(make_graph(shard, batch_size=3, ending="rgb"))
-    assert refused == Failure(str(shard), "000000000", "no pixels before its label")
-    short = write_shard(tmp_path / "short.tar", [pixels[0][:100], pixels[0], pixels[1][:-1]], "rgb")
-    refused = run_until_it_fails(make_graph(short, batch_size=3, ending="rgb"))
-    assert refused == Failure(str(short), "000000000", "no pixels before its label")
+    for name, samples, ending, options, key in (
+        ("label first", pixels, "rgb", {"label_first": True}, "000000000"),
+        ("another file", pixels, "bmp", {}, "000000000"),
+        ("too short", [pixels[0], pixels[1][:-1], pixels[2]], "rgb", {}, "000000001"),
+        ("far too short", [b"", *pixels], "rgb", {}, "000000000"),
+    ):
+        shard = write_shard(tmp_path / f"{name}.tar", samples, ending, **options)
+        refused = run_until_it_fails(make_graph(shard, batch_size=3, ending="rgb"))
+        assert refused == Failure(str(shard), key, "no pixels before its label")
 
 
 def test_labels_from_elsewhere_than_a_tar_are_refused():
