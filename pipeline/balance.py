@@ -32,9 +32,6 @@ def find_host_share(shards: ShardSet, feed: Feed, clock: Clock = time.perf_count
 
 
 def _images_per_s(shards: ShardSet, feed: Feed, clock: Clock) -> float:
-    num_batches = _WARM_UP_BATCHES + 2 * feed.prefetch_batches + _NUM_BATCHES
-    first = shards.num_samples(feed.split) * feed.rank // feed.world_size
-    shards.wait(feed.split, range(first, first + num_batches * feed.batch_size))
     pipeline = eval_pipeline(shards, feed, whole=False)
     for _ in range(_WARM_UP_BATCHES + feed.prefetch_batches):
         pipeline.run()

@@ -53,7 +53,7 @@ class Batches:
         Raises UserError that names the shard, or what finds it.
         """
         try:
-            if not self._is_running:  # not before anything is wanted: shards may still be on their way
+            if not self._is_running:
                 self._pipeline.schedule_run()
                 self._is_running = True
             outputs = self._pipeline.share_outputs()

@@ -66,6 +66,7 @@ class EvalLoader:
         if not num_samples:
             raise UserError(f"{shards.root}: no {split} images; add a {split}/ folder to the source and shard it again")
         transform = Transform(mean, None, False, False, unit_variance, dtype, layout)
+        shards.fetch(split)
         num_parts = min(world_size, num_samples)  # DALI needs a sample for each part; ranks beyond them get none
         feed = make_feed(
             shards,
@@ -104,7 +105,7 @@ class EvalLoader:
             return
         if self._running is not None:
             self._running.close()  # an earlier loop that was left, but is still held by somebody
-        self._shards.wait(self._split)
+        self._shards.check(self._split)
         self._running = _from_start(self._batches, self._shards, self._feed)
         begun = ((self._begin(outputs), outputs) for outputs in self._running)
         for job, outputs in run_ahead(begun, self._feed.num_ahead):
@@ -146,7 +147,7 @@ def read_pixels(
         decode="auto",
         automatic="mixed",
     )
-    shards.wait(split)
+    shards.fetch(split)
     on = torch.device("cuda" if device == "gpu" else "cpu")
     batches = _from_start(_once(shards, feed, whole=True), shards, feed)
     if feed.decode not in ("host", "stored"):

@@ -3,7 +3,7 @@
 The decision that shaped it: the epoch is ours, the samples are DALI's. Every rank's reader pads its part to the same
 number of batches, and the loader stops before the padding, so that ranks take equal steps. Left out: what is done to
 the pixels (graph.py, assemble.py, finish.py), what the options mean (feeding.py), and where shards come from
-(shards.py, readahead.py).
+(shards.py).
 """
 
 import json
@@ -32,9 +32,8 @@ from pipeline.feeding import (
     make_feed,
 )
 from pipeline.finish import Transform, Views
-from pipeline.graph import GRAPH_VERSION, count_buffered, stream_seed, train_pipeline
+from pipeline.graph import GRAPH_VERSION, train_pipeline
 from pipeline.manifest import KEY_DIGITS
-from pipeline.readahead import Gate, ShardOrder
 from pipeline.shards import ShardSet
 from pipeline.threads import Job
 
@@ -113,6 +112,7 @@ class TrainLoader:
         check_global_batch(shards, global_batch_size, world_size)
         if cache not in (None, "raw"):
             raise UserError(f"cache {cache!r}: expected 'raw' or None")
+        shards.fetch("train")
         num_local_ranks = num_local_ranks or count_local_ranks(world_size)
         self.local_batch_size = global_batch_size // world_size
         self.epoch = 1
@@ -143,15 +143,6 @@ class TrainLoader:
         self.feed = feed
         self._assemble = make_assembler(
             shards, colors, transform, feed, cropped=True, cached=cache is not None, num_local_ranks=num_local_ranks
-        )
-        self._gate = Gate(
-            shards,
-            ShardOrder(len(shards.shards("train")), stream_seed(seed, "shards")),
-            batch_size=self.local_batch_size,
-            buffer=count_buffered(shards, feed),
-            prefetch_batches=prefetch_batches,
-            rank=rank,
-            world_size=world_size,
         )
         self._signature = {
             "DALI version": version("nvidia-dali-cuda120"),
@@ -205,14 +196,12 @@ class TrainLoader:
         self._finish_epoch()
 
     def _can_begin(self) -> bool:
-        """Whether another batch should be begun now: one is needed, those after it must not be waited for."""
-        step = self._step + len(self._ahead)
-        if step == self._num_steps or len(self._ahead) > self.feed.num_ahead:
-            return False
-        return not self._ahead or self._gate.is_open(self.epoch, step)
+        """Whether another batch should be begun now."""
+        return self._step + len(self._ahead) < self._num_steps and len(self._ahead) <= self.feed.num_ahead
 
     def _begin(self) -> _Begun:
-        self._gate.wait(self.epoch, self._step + len(self._ahead))
+        if not self._step and not self._ahead:
+            self._shards.check("train")
         outputs = self._batches.take()
         drawn = read_draws(outputs, self._basis)
         views = Views(self._source, drawn.offset, drawn.flip, drawn.shift)
@@ -253,7 +242,6 @@ class TrainLoader:
                     f"the loader's state was saved with {name} {saved.get(name)}, this one has {here}; "
                     "resume with the same settings, or start a new run"
                 )
-        self._gate.wait(epoch, step)  # DALI reads its shuffle buffer again at once
         try:
             batches = self._start(checkpoint, step)
         except RuntimeError as error:

@@ -57,7 +57,6 @@ def _train(
     shards: str | None,
     runs: Path,
     cache_dir: str | None,
-    cache_gib: float | None,
     num_gpus: int | None,
     num_threads: int | None,
     recipe_name: str | None,
@@ -132,7 +131,7 @@ def _train(
     from pipeline.colors import ColorStats
     from pipeline.shards import ShardSet
 
-    opened = ShardSet.open(shards, cache_dir=cache_dir, cache_gib=cache_gib)
+    opened = ShardSet.open(shards, cache_dir=cache_dir)
     ColorStats.load(opened.root, opened.fingerprint)  # a fault in the data is told before any rank starts
     from trainer.distributed import under_launcher
     from trainer.feed import Feeding
@@ -163,7 +162,6 @@ def _train(
         weights=weights_path,
         num_threads=num_threads,
         cache_dir=cache_dir,
-        cache_gib=cache_gib,
         feeding=Feeding(**feeding),
         parallel=choose_parallel(
             recipe, opened.num_classes, world_size, use_gpu=use_gpu, asked=asked, saved=config.get("parallel", {})
@@ -180,6 +178,7 @@ def _train(
             timeout_s=timeout_s,
         ),
     )
+    opened.fetch("train", "val")  # here, where a signal ends it at once and nobody waits for a step
     if under_launcher():
         return run_as_rank(run_rank, job)
     return launch(run_rank, (job,), num_ranks, max_restarts) if num_ranks > 1 else run_rank(job)

@@ -37,7 +37,6 @@ def evaluate(
     shards: str | None,
     runs: Path,
     cache_dir: str | None,
-    cache_gib: float | None,
     num_gpus: int | None,
     num_threads: int | None,
     nets: tuple[str, ...],
@@ -68,7 +67,6 @@ def evaluate(
         use_gpu=use_gpu,
         num_threads=num_threads,
         cache_dir=cache_dir,
-        cache_gib=cache_gib,
         as_json=as_json,
         predictions=predictions,
     )

@@ -36,7 +36,7 @@ class Job:
     `restart_epoch`: from the end of its last whole epoch, not from its last step; `or_new`: where that folder holds no
     checkpoint yet, begin in it.
 
-    `shards`: a folder or a URL; `cache_dir`, `cache_gib`: see ShardSet.open.
+    `shards`: a folder or a URL; `cache_dir`: see ShardSet.open.
     """
 
     shards: str
@@ -49,7 +49,6 @@ class Job:
     weights: Path | None = None  # a run's folder or a file to start from, see finetune.py
     num_threads: int | None = None
     cache_dir: str | None = None
-    cache_gib: float | None = None
     feeding: Feeding = field(default_factory=Feeding)
     parallel: Parallel = DATA
     restart_epoch: bool = False
