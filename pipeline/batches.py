@@ -4,9 +4,11 @@ import math
 import os
 import re
 import threading
+import weakref
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
 from shlex import quote
 from typing import Any, NamedTuple
 
@@ -42,7 +44,7 @@ class TakenBatch:
     graph's state right behind it. Filled by the stream's thread."""
 
     def __init__(self) -> None:
-        self.is_done = threading.Event()
+        self.is_done = False
         self.error: Exception | None = None
         self.images: Any = None
         self.numbers: dict[str, NDArray[Any]] = {}
@@ -81,7 +83,10 @@ class BatchStream:
         # Every rank's part of an epoch is padded to the same number of batches.
         self._num_batches = math.ceil(math.ceil(shards.num_samples(spec.split) / spec.world_size) / spec.batch_size)
         self._is_running, self._process = False, os.getpid()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="alexnet-loader")
+        self._requests, self._answers = SimpleQueue[Any](), SimpleQueue[None]()
+        thread = threading.Thread(target=_serve, args=(self._requests,), name="alexnet-loader", daemon=True)
+        thread.start()
+        weakref.finalize(self, _stop, self._requests, thread)
         self._next: TakenBatch | None = None
         self.first_state = (self._checkpoint(), num_taken)
         is_strict = spec.encoding == "raw" or has_own_operators(spec)
@@ -100,8 +105,10 @@ class BatchStream:
         on_gpu = self._spec.device == "gpu"
         stream = torch.cuda.current_stream(self._spec.device_id) if on_gpu else None
         taken = self._next = self._next or TakenBatch()
-        self._thread.submit(self._fill, taken, stream)  # after an interruption once more, which does nothing
-        taken.is_done.wait()
+        if not taken.is_done:
+            self._requests.put(partial(self._fill, taken, stream))  # once more after an interruption: nothing happens
+        while not taken.is_done:
+            self._answers.get()  # interrupted at any place, neither this nor `put` leaves a lock behind
         if taken.error is not None:
             raise taken.error
         return taken
@@ -121,8 +128,12 @@ class BatchStream:
             self._checksums.wait()
 
     def _fill(self, taken: TakenBatch, cuda_stream: Any) -> None:
-        if taken.is_done.is_set():
-            return
+        if not taken.is_done:
+            self._take(taken, cuda_stream)
+            taken.is_done = True
+        self._answers.put(None)
+
+    def _take(self, taken: TakenBatch, cuda_stream: Any) -> None:
         try:
             if self._num_taken == self._num_steps:  # the last batches of an epoch are padding, or incomplete
                 while self._num_taken < self._num_batches:
@@ -137,7 +148,6 @@ class BatchStream:
             taken.state = (self._checkpoint(), self._num_taken)
         except Exception as error:  # noqa: BLE001 - a thread has no caller: told where the batch is asked for
             taken.error = error
-        taken.is_done.set()
 
     def _share(self, cuda_stream: Any) -> Sequence[Any]:
         try:
@@ -172,6 +182,18 @@ class BatchStream:
 
     def _checkpoint(self) -> bytes:
         return self._pipeline.checkpoint() if "noise" in self._names else b""  # of a training graph
+
+
+def _serve(requests: "SimpleQueue[Any]") -> None:
+    while (request := requests.get()) is not None:
+        request()
+        del request  # it holds the stream, which ends this thread when nobody holds it any more
+
+
+def _stop(requests: "SimpleQueue[Any]", thread: threading.Thread) -> None:
+    requests.put(None)
+    if thread is not threading.current_thread():
+        thread.join()
 
 
 def read_keys(numbers: dict[str, NDArray[Any]]) -> Tensor:

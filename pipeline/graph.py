@@ -28,7 +28,7 @@ from pipeline.options import (
     GraphSpec,
     Transform,
 )
-from pipeline.shards import ShardSet, check_index, find_damage
+from pipeline.shards import ShardSet, check_index, check_raw, find_damage
 
 try:
     from nvidia.dali import fn, types
@@ -309,6 +309,8 @@ def _build(define: Callable[[], Any], shards: ShardSet, spec: GraphSpec, **optio
     """Raises UserError for a damaged index."""
     for shard, index in zip(shards.shards(spec.split), shards.indices(spec.split), strict=True):
         check_index(index, shard, ENDINGS[spec.encoding])
+        if spec.encoding == "raw":
+            check_raw(index, shard)
     pipeline = pipeline_def(
         define,
         batch_size=spec.batch_size,

@@ -195,7 +195,7 @@ class TrainLoader:
 
 
 class _Latest(NamedTuple):
-    """Of the batch given last: its numbers, the graph's state behind it, on a GPU its memory until the next is given."""
+    """Of the batch given last: numbers, the graph's state behind it; on a GPU its memory, until the next is given."""
 
     numbers: dict[str, NDArray[Any]]
     state: tuple[bytes, int]

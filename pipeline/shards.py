@@ -6,22 +6,35 @@ sizes, index headers), so that what is wrong is said before anything starts. Lef
 """
 
 import hashlib
+import os
+import random
 import re
-from dataclasses import dataclass, field
-from functools import cache
+import threading
+import weakref
+from collections.abc import Collection
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
 from pathlib import Path
 from shlex import quote
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.common.errors import UserError
 from pipeline.common.files import read_json
-from pipeline.manifest import CLS_DIGITS, ENDINGS, KEY_DIGITS, MANIFEST, SPLITS, Manifest, Shard, index_header
-
-if TYPE_CHECKING:
-    from pipeline.cache import Remote
+from pipeline.download import Remote, describe, find_unchecked, hash_chunks, open_remote, remember
+from pipeline.manifest import (
+    CLS_DIGITS,
+    ENDINGS,
+    IMAGE_SIZE_PX,
+    KEY_DIGITS,
+    MANIFEST,
+    SPLITS,
+    Manifest,
+    Shard,
+    index_header,
+)
 
 _BLOCK_BYTES = 512  # of a tar: each member has a header before it, and begins at a multiple
 _REMEDY = "restore it, or run `alexnet-prep shard` again with --force"
@@ -31,30 +44,26 @@ _REMEDY = "restore it, or run `alexnet-prep shard` again with --force"
 class ShardSet:
     """A finished folder of shards. Open one with `ShardSet.open(path)`.
 
-    Behind a URL, `root` is the local folder that caches it: everything small lies there, every tar has its size, but
-    its bytes arrive when asked for. Readers therefore `wait` for a split, or go step by step (readahead.Gate).
+    Behind a URL, `root` is the local folder into which it is downloaded: everything small lies there, tars come by
+    `fetch`. Whoever reads a split calls that first.
     """
 
     root: Path
     manifest: Manifest
-    remote: "Remote | None" = field(default=None, compare=False, repr=False)
+    remote: Remote | None = field(default=None, compare=False, repr=False)
     _seen: dict[str, tuple[int, int]] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
-    def open(
-        cls, root: str | Path, *, cache_dir: str | Path | None = None, cache_gib: float | None = None
-    ) -> "ShardSet":
+    def open(cls, root: str | Path, *, cache_dir: str | Path | None = None) -> "ShardSet":
         """The shards in `root`, checked: every tar present and of its recorded size, every index of its sample count.
 
-        `root` may be a URL (s3://bucket/prefix and whatever fsspec knows): then `cache_dir` (default: $ALEXNET_CACHE or
-        the user's cache folder) keeps up to `cache_gib` GiB of shards (default: what the disk holds), see cache.py.
-        Raises UserError for a folder without a manifest, with one of another schema, or with a missing, truncated or
-        stale file. Checksums are not read here: that would cost as long as reading the data set.
+        `root` may be a URL (s3://bucket/prefix and whatever fsspec knows): then the shards come to a folder in
+        `cache_dir` (default: $ALEXNET_CACHE or the user's cache folder), see `fetch`. Raises UserError for a folder
+        without a manifest, with one of another schema, or with a missing, truncated or stale file. Checksums are not
+        read here: that would cost as long as reading the data set.
         """
         if "://" in str(root):
-            from pipeline.cache import open_cached  # here: it needs numpy, and the extra `s3`
-
-            return cls(*open_cached(str(root), cache_dir, cache_gib))
+            return cls(*open_remote(str(root), cache_dir))
         root = Path(root)
         path = root / MANIFEST
         if not path.is_file():
@@ -74,13 +83,28 @@ class ShardSet:
         """Where the shards come from: their URL, or their folder's absolute path. `open` takes it."""
         return self.remote.url if self.remote else str(self.root.resolve())
 
+    @property
+    def remedy(self) -> str:
+        """What to do about a file of the set that is damaged."""
+        return "delete it and start again: it will be downloaded anew" if self.remote else _REMEDY
+
+    def fetch(self, *splits: str) -> None:
+        """Return when all tars of these splits are in `root`, and check them; at once if they are there already.
+
+        Behind a URL they are downloaded, each checked against its SHA-256, by one process a machine, while the others
+        wait. Raises UserError for one not to be had, or if the disk is too small.
+        """
+        if self.remote:
+            self.remote.fetch(self.root, [shard for split in splits for shard in self.shards(split)])
+        for split in splits:
+            self.check(split)
+
     def check(self, split: str) -> None:
         """Raises UserError naming the first tar or index of `split` that is missing, truncated, stale or, since it was
         checked first, replaced by other bytes."""
         for shard in self.shards(split):
-            _check_files(self.root, shard)
-            if not self.remote:  # what a cache fetches is checked when it comes
-                self._check_unchanged(shard)
+            _check_files(self.root, shard, self.remedy)
+            self._check_unchanged(shard)
 
     def _check_unchanged(self, shard: Shard) -> None:
         """The bytes are read only where the file is another one, or was written to, since it was looked at last."""
@@ -97,22 +121,11 @@ class ShardSet:
             )
         self._seen[shard.file] = now
 
-    def fetch(self, split):
-        self.check(split)
-
-    def wait(self, split: str, samples: range | None = None) -> None:
-        """Block until every shard of `split` is in `root`, and check them. Raises UserError for one not to be had.
-
-        `samples`: only those shards that hold samples of these positions, counted in stored order.
-        """
-        if self.remote:
-            wanted, first = [], 0
-            for shard in self.shards(split):
-                if samples is None or (first < samples.stop and first + shard.samples > samples.start):
-                    wanted.append(shard.file)
-                first += shard.samples
-            self.remote.fetcher.wait(wanted)
-        self.check(split)
+    def keep_only(self, split: str, kept: Collection[Shard]) -> "ShardSet":
+        """The same set with these shards alone in `split`: the others are neither read nor fetched."""
+        shards = tuple(shard for shard in self.manifest.shards if shard.split != split or shard in kept)
+        totals = {**self.manifest.totals, split: sum(shard.samples for shard in kept)}
+        return replace(self, manifest=replace(self.manifest, shards=shards, totals=totals))
 
     def shards(self, split: str) -> list[Shard]:
         return [shard for shard in self.manifest.shards if shard.split == split]
@@ -140,15 +153,63 @@ class ShardSet:
 
 
 class Checksums:
-    def __init__(self, shards, split): ...
-    def raise_if_damaged(self): ...
-    def wait(self): ...
+    """Holds every tar of a split to its SHA-256, once, in a thread of its own: for a reader that takes a damaged image
+    in silence. What was found sound is remembered beside the shards, and read again only if it changes."""
+
+    def __init__(self, shards: ShardSet, split: str) -> None:
+        self._result = _Result()
+        self._work = partial(_hash_all, shards.root.absolute(), shards.shards(split), shards.remedy, self._result)
+        self._thread = threading.Thread(target=self._work, name="checksums", daemon=True)
+        self._thread.start()
+        weakref.finalize(self, self._result.stop.set)  # nobody is left to be told
+
+    def raise_if_damaged(self) -> None:
+        """Raises UserError naming a damaged tar, if one was found so far."""
+        if self._result.damage:
+            raise UserError(self._result.damage)
+
+    def wait(self) -> None:
+        """Return when all tars were held to their checksums. Raises UserError for a damaged one."""
+        self._thread.join()
+        if not self._result.is_done and not self._result.damage:  # this process was forked from the thread's
+            self._work()
+        self.raise_if_damaged()
 
 
-def _check_files(root: Path, shard: Shard) -> None:
+@dataclass
+class _Result:
+    damage: str = ""
+    is_done: bool = False
+    stop: threading.Event = field(default_factory=threading.Event)
+
+
+def _hash_all(root: Path, shards: list[Shard], remedy: str, result: _Result) -> None:
+    random.Random(os.getpid()).shuffle(shards)  # so that the ranks of a machine share the work
+    for shard in shards:
+        if not find_unchecked(root, [shard]):
+            continue
+        path, before, digest = root / shard.file, describe(root, shard), hashlib.sha256()
+        try:
+            with path.open("rb") as file:
+                for _ in hash_chunks(file, digest):
+                    if result.stop.is_set():
+                        return
+        except OSError as error:
+            result.damage = f"{path}: cannot be read ({error.strerror}); {remedy}"
+            return
+        if digest.hexdigest() != shard.sha256:
+            result.damage = (
+                f"{path}: SHA-256 is {digest.hexdigest()[:12]}, expected {shard.sha256[:12]} (damaged, or replaced); "
+                f"{remedy}"
+            )
+            return
+        remember(root, {shard.file: before})
+    result.is_done = True
+
+
+def _check_files(root: Path, shard: Shard, remedy: str) -> None:
     tar = root / shard.file
     index = tar.with_suffix(".idx")
-    remedy = "restore it, or run `alexnet-prep shard` again with --force"
     if not tar.is_file():
         raise UserError(f"{tar}: missing, expected {shard.bytes} bytes; {remedy}")
     size = tar.stat().st_size
@@ -197,6 +258,19 @@ def check_index(path: Path, shard: Shard, ending: str) -> bytes:
             expected = f"'{ending} OFFSET BYTES KEY.{ending} cls OFFSET {CLS_DIGITS} KEY.cls'"
             raise UserError(f"{path}: has the row {shown!r}, expected {expected}; {_REMEDY}")
     raise UserError(f"{path}: {rows.count(bytes([10]))} rows, expected {shard.samples}; {_REMEDY}")
+
+
+def check_raw(path: Path, shard: Shard) -> None:
+    """Raises UserError naming the first raw image that is not 256x256, or not right before its label."""
+    keys, offsets, sizes, labels = read_index(path, shard, ENDINGS["raw"])
+    expected = IMAGE_SIZE_PX * IMAGE_SIZE_PX * 3  # a multiple of a block: no padding follows
+    wrong = np.flatnonzero((sizes != expected) | (labels != offsets + sizes + _BLOCK_BYTES))
+    if len(wrong):
+        at = wrong[0]
+        raise UserError(
+            f"{path}: sample {keys[at]:0{KEY_DIGITS}d} has {sizes[at]} bytes at {offsets[at]} and its label at "
+            f"{labels[at]}, expected {expected} bytes and the label {_BLOCK_BYTES} behind them; {_REMEDY}"
+        )
 
 
 def find_damage(shards: ShardSet, split: str) -> None:

@@ -120,16 +120,17 @@ def copy_samples(shards: ShardSet, split: str, positions: list[int], folder: Pat
     Only these samples and the indices of their shards are read.
     """
     tar, rows, copied = folder / "train-000000.tar", [], 0
-    wanted = sorted(positions)
-    first = 0
+    chosen, first = [], 0
+    for shard in shards.shards(split):
+        here = [position - first for position in sorted(positions) if first <= position < first + shard.samples]
+        first += shard.samples
+        if here:
+            chosen.append((shard, here))
+    if shards.remote:
+        shards.keep_only(split, [shard for shard, _ in chosen]).fetch(split)
     with tar.open("wb") as out:
-        for shard, path in zip(shards.shards(split), shards.tars(split), strict=True):
-            here = [position - first for position in wanted if first <= position < first + shard.samples]
-            first += shard.samples
-            if not here:
-                continue
-            if shards.remote:
-                shards.remote.fetcher.wait([shard.file])
+        for shard, here in chosen:
+            path = shards.root / shard.file
             with path.open("rb") as file:
                 for span in _find_spans(path, here):
                     file.seek(span.first)

@@ -179,7 +179,6 @@ def _open_loader(job: BenchJob, ranks: Ranks) -> tuple[TrainLoader, ShardSet]:
 
 def _make_limit(shards: ShardSet, ranks: Ranks) -> tuple[str, Task, dict[str, Any]]:
     """(words, task, which images): the first rank measures with all cores, the others stand by."""
-    shards.fetch("train")
     places = find_samples(shards)
     images = {"num_distinct": len(places), "mean_bytes": statistics.mean(place.size for place in places)}
     words, task = limit_task(places, shards.manifest.encoding)

@@ -178,6 +178,7 @@ def _train(
             timeout_s=timeout_s,
         ),
     )
+    opened.fetch("train", "val")  # here, where a signal ends it at once and nobody waits for a step
     if under_launcher():
         return run_as_rank(run_rank, job)
     return launch(run_rank, (job,), num_ranks, max_restarts) if num_ranks > 1 else run_rank(job)

@@ -89,6 +89,8 @@ def command(
     check_divisible(recipe, world_size)
     loader = LoaderOptions(**choose_loader(num_threads=num_threads, **given))
     job = BenchJob(what, recipe, folder, use_gpu, duration_s, num_rounds, as_json, loader)
+    if opened and what != "step":
+        opened.fetch("train")
     if under_launcher():
         return run_as_rank(run_rank, job)
     return launch(run_rank, (job,), num_ranks) if num_ranks > 1 else run_rank(job)

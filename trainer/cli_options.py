@@ -31,7 +31,7 @@ def add_common_options(function: Callable[..., Any]) -> Callable[..., Any]:
                           help="Folder of shards, or its URL (s3://bucket/prefix).")  # fmt: skip
     cache_dir = click.option("--cache-dir", envvar="ALEXNET_CACHE", show_envvar=True,
                              type=click.Path(file_okay=False), show_default="~/.cache/alexnet-dali",
-                             help="Local folder for shards behind a URL.")  # fmt: skip
+                             help="Local folder to which shards behind a URL are downloaded.")  # fmt: skip
     for option in (THREADS, GPUS, cache_dir, RUNS, shards, VERSION):
         function = option(function)
     return function

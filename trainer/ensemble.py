@@ -43,7 +43,6 @@ class Job:
     use_gpu: bool
     loader: LoaderOptions = LoaderOptions()
     cache_dir: str | None = None
-    cache_gib: float | None = None
     as_json: bool = False
     predictions: Path | None = None
 
@@ -63,7 +62,7 @@ Found = dict[Crops, Errors]
 def run_rank(job: Job) -> int:
     """The whole evaluation as seen by one rank; the first one prints."""
     with join(job.use_gpu) as ranks:
-        shards = ShardSet.open(job.shards, cache_dir=job.cache_dir, cache_gib=job.cache_gib)
+        shards = ShardSet.open(job.shards, cache_dir=job.cache_dir)
         nets = [load_any(path, job.checkpoint, shards) for path in job.nets]
         found, average, answers = evaluate_nets(
             nets, shards, ranks, options=job.loader, with_answers=job.predictions is not None

@@ -36,7 +36,7 @@ class Job:
     `restart_epoch`: from the end of its last whole epoch, not from its last step; `or_new`: where that folder holds no
     checkpoint yet, begin in it.
 
-    `shards`: a folder or a URL; `cache_dir`, `cache_gib`: see ShardSet.open.
+    `shards`: a folder or a URL; `cache_dir`: see ShardSet.open.
     """
 
     shards: str
@@ -48,7 +48,6 @@ class Job:
     resume: Path | None = None
     weights: Path | None = None  # a run's folder or a file to start from, see finetune.py
     cache_dir: str | None = None
-    cache_gib: float | None = None
     loader: LoaderOptions = LoaderOptions()
     parallel: Parallel = DATA
     restart_epoch: bool = False

@@ -43,7 +43,7 @@ class Run:
         self.job, self.ranks, self.watchdog, recipe = job, ranks, watchdog, job.recipe
         check_parallel(job.parallel.mode, recipe, ranks.world_size)
         self.resume = find_resumed(job, ranks)
-        self.shards = ShardSet.open(job.shards, cache_dir=job.cache_dir, cache_gib=job.cache_gib)
+        self.shards = ShardSet.open(job.shards, cache_dir=job.cache_dir)
         self.colors = ColorStats.load(self.shards.root, self.shards.fingerprint)
         self.has_val = self.shards.num_samples("val") > 0
         if not self.has_val and recipe.schedule == "plateau":

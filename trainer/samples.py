@@ -51,7 +51,7 @@ def read_samples(shards: ShardSet, colors: ColorStats, recipe: Recipe, num: int 
     """`num` validation images, evenly spaced over the split in the order of keys, each moved on to the next of a class
     not seen yet where there is one near; None if there are no images.
 
-    Raises UserError for shards that cannot be read here: damaged ones, or those behind a URL that are not fetched yet.
+    Raises UserError for damaged shards.
     """
     if not shards.num_samples("val"):
         return None

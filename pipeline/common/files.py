@@ -26,6 +26,15 @@ def write_json(path: Path, value: Any) -> None:
     write_atomic(path, (json.dumps(value, indent=1) + "\n").encode())
 
 
+def sync_folder(path: Path) -> None:
+    """Make sure that the names in a folder outlast a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def write_atomic(path: Path, data: bytes) -> None:
     """Write beside, fsync, rename. On any failure the temporary file is removed and `path`, which the
     error names, is as it was."""

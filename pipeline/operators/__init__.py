@@ -41,19 +41,25 @@ def load_operators() -> bool:
 @cache
 def _load() -> bool:
     """Once in a process: DALI ends it when an operator is registered a second time."""
-    import nvidia.dali
-    from nvidia.dali import plugin_manager, sysconfig
+    from nvidia.dali import plugin_manager
 
-    compile_flags = [flag for flag in sysconfig.get_compile_flags() if not flag.startswith("-I")]
-    headers = Headers(nvidia.dali.__version__, sysconfig.get_include_dir(), compile_flags, sysconfig.get_link_flags())
     try:
-        with build_plugin(headers) as path:
+        with build_plugin(find_headers()) as path:
             plugin_manager.load_library(str(path))
     except (BuildError, RuntimeError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         note(f"the CPU's images go through DALI's stock operators, at two thirds of the speed: {reason}")
         return False
     return True
+
+
+def find_headers() -> Headers:
+    """Those of the DALI that is installed."""
+    import nvidia.dali
+    from nvidia.dali import sysconfig
+
+    flags = [flag for flag in sysconfig.get_compile_flags() if not flag.startswith("-I")]
+    return Headers(nvidia.dali.__version__, sysconfig.get_include_dir(), flags, sysconfig.get_link_flags())
 
 
 def find_failure(error: BaseException) -> Failure | None:

@@ -97,7 +97,7 @@ def _fingerprint(compiler: Sequence[str], headers: Headers) -> str:
     def add(*values: object) -> None:
         digest.update(repr(values).encode())
 
-    for path in sorted([*SOURCES.glob("*.c"), *SOURCES.glob("*.cc"), *SOURCES.glob("cuda/*.h")]):
+    for path in sorted(path for pattern in ("*.c", "*.cc", "*.h", "cuda/*.h") for path in SOURCES.glob(pattern)):
         add(path.name, path.read_bytes())
     add(_C_FLAGS, _CXX_FLAGS, _LINK_FLAGS, *headers)
     add(list(compiler), os.path.realpath(compiler[0]), _run([*compiler, "--version"]))

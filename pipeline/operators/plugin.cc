@@ -25,25 +25,16 @@
 #include "dali/pipeline/operator/error_reporting.h"
 #include "dali/pipeline/operator/operator.h"
 
-extern "C" {
-int decode(int num, const uint8_t *const *data, const size_t *sizes, const int32_t (*offsets)[2],
-           const int32_t *are_flipped, const float (*biases)[3], const float *mean_image, const float *factor,
-           void *out, int is_nchw, int is_uint8, char *message);
-int decode_whole(const uint8_t *data, size_t size, uint8_t *out, char *message);
-int finish_stored(int num, const int32_t *files, const int64_t *starts, const int32_t (*offsets)[2],
-                  const int32_t *are_flipped, const float (*biases)[3], const float *mean_image, const float *factor,
-                  void *out, int is_nchw, int is_uint8, char *message);
-int read_bytes(int file, uint8_t *to, size_t size, int64_t start, char *message);
-}
+#include "crop.h"
 
 namespace alexnet {
 
 using namespace dali;  // NOLINT
 
-constexpr int kSide = 224, kStoredSide = 256, kMaxOffset = kStoredSide - kSide;
+constexpr int kMaxOffset = STORED_SIDE - SIDE;
 constexpr int kMostAtOnce = 16, kTurns = 4;  // images a thread takes at a time, at most; times it does so, at least
-constexpr size_t kCropValues = 3 * kSide * kSide, kStoredBytes = 3 * kStoredSide * kStoredSide;
-constexpr size_t kMessageBytes = 200, kTarBlock = 512, kHugePage = 2 << 20, kKept = 6;
+constexpr size_t kCropValues = 3 * SIDE * SIDE, kStoredBytes = 3 * STORED_SIDE * STORED_SIDE;
+constexpr size_t kTarBlock = 512, kHugePage = 2 << 20, kKept = 6;
 static_assert(kCropValues % 16 == 0, "the stores past the caches need samples that begin at multiples of 16");
 
 /* Memory for batches, used again once nobody holds it: fresh pages would cost more than the arithmetic. */
@@ -95,16 +86,15 @@ class Buffers : public std::enable_shared_from_this<Buffers> {
 /* Tars, held open, and where in them the pixels of a sample lie: right before its label. */
 class Tars {
  public:
-  Tars() : folder_(open(".", O_PATH | O_DIRECTORY | O_CLOEXEC)) {}
+  Tars() = default;
   ~Tars() {
     for (auto &tar : files_) close(tar.second);
-    close(folder_);
   }
   Tars(const Tars &) = delete;
   Tars &operator=(const Tars &) = delete;
 
   /* `source`: of the label, "folder/train-000000.tar:197632:000000042.cls". Returns why not, or "". */
-  std::string Find(const std::string &source, int32_t *file, int64_t *start) {
+  std::string Find(const std::string &source, int *file, int64_t *start) {
     const size_t name = source.rfind(':'), offset = name == 0 ? name : source.rfind(':', name - 1);
     if (name == std::string::npos || offset == std::string::npos || offset == 0) return "it has no place in a tar";
     *start = std::strtoll(source.c_str() + offset + 1, nullptr, 10) - int64_t{kTarBlock} - int64_t{kStoredBytes};
@@ -115,12 +105,12 @@ class Tars {
   }
 
  private:
-  /* The number of an open file, or minus that of an error. Paths are those of the folder in which the graph began. */
+  /* The number of an open file, or minus that of an error. */
   int Open(const std::string &path) {
     std::lock_guard<std::mutex> guard(lock_);
     auto found = files_.find(path);
     if (found != files_.end()) return found->second;
-    const int file = openat(folder_, path.c_str(), O_RDONLY | O_CLOEXEC);
+    const int file = open(path.c_str(), O_RDONLY | O_CLOEXEC);
     if (file < 0) return -errno;
     files_.emplace(path, file);
     return file;
@@ -128,16 +118,14 @@ class Tars {
 
   /* The header before the pixels: "000000042.rgb", 196,608 bytes. */
   static std::string Check(int file, int64_t start, const std::string &label) {
-    char header[kTarBlock + 1] = {}, message[kMessageBytes];
-    if (read_bytes(file, reinterpret_cast<uint8_t *>(header), kTarBlock, start - int64_t{kTarBlock}, message))
-      return message;
+    char header[kTarBlock + 1] = {}, message[MESSAGE_BYTES];
+    if (read_bytes(file, start - int64_t{kTarBlock}, kTarBlock, header, message)) return message;
     const std::string name = label.substr(0, label.rfind('.')) + ".rgb";
     const bool is_right = std::strncmp(header, name.c_str(), 100) == 0 &&
                           std::strtoul(std::string(header + 124, 12).c_str(), nullptr, 8) == kStoredBytes;
     return is_right ? "" : "no pixels before its label";
   }
 
-  const int folder_;
   std::mutex lock_;
   std::unordered_map<std::string, int> files_;
 };
@@ -162,7 +150,7 @@ class CropFinish : public StatelessOperator<CPUBackend> {
         layout_(is_whole_ ? TensorLayout("HWC") : spec.GetArgument<TensorLayout>("output_layout")) {
     DALI_ENFORCE(basis_.empty() || basis_.size() == 9, "basis: expected 9 numbers, or none");
     DALI_ENFORCE(mean_.size() == 3 && factor_.size() == 3, "mean, factor: expected 3 numbers each");
-    DALI_ENFORCE(mean_image_.empty() || mean_image_.size() == kCropValues, "mean_image: expected 3 * 224 * 224 numbers");
+    DALI_ENFORCE(mean_image_.empty() || mean_image_.size() == kCropValues, "mean_image: expected 3 * 224 * 224");
     DALI_ENFORCE(type_ == DALI_FLOAT || type_ == DALI_UINT8, "dtype: expected FLOAT or UINT8");
     DALI_ENFORCE(layout_ == "CHW" || layout_ == "HWC", "output_layout: expected CHW or HWC");
   }
@@ -207,36 +195,30 @@ class CropFinish : public StatelessOperator<CPUBackend> {
 
  private:
   TensorListShape<> Shape(int num) const {
-    if (is_whole_) return uniform_list_shape(num, TensorShape<>{kStoredSide, kStoredSide, 3});
-    return uniform_list_shape(num, layout_ == "CHW" ? TensorShape<>{3, kSide, kSide} : TensorShape<>{kSide, kSide, 3});
+    if (is_whole_) return uniform_list_shape(num, TensorShape<>{STORED_SIDE, STORED_SIDE, 3});
+    return uniform_list_shape(num, layout_ == "CHW" ? TensorShape<>{3, SIDE, SIDE} : TensorShape<>{SIDE, SIDE, 3});
   }
 
   void Make(const TensorList<CPUBackend> &in, TensorList<CPUBackend> &out, int n) {
-    char message[kMessageBytes] = "";
-    uint8_t *to = static_cast<uint8_t *>(out.raw_mutable_tensor(n));
+    float bias[3];
+    SetBias(noise_[n].data, bias);
+    const Crop crop = {Offset(*y_[n].data), Offset(*x_[n].data), *mirror_[n].data != 0, layout_ == "CHW",
+                       type_ == DALI_UINT8, bias, mean_image_.empty() ? nullptr : mean_image_.data(), factor_.data()};
+    const Crop *wanted = is_whole_ ? nullptr : &crop;
+    void *to = out.raw_mutable_tensor(n);
     DALI_ENFORCE(reinterpret_cast<uintptr_t>(to) % 16 == 0, "the output is not aligned to 16 bytes");
-    const int32_t offset[1][2] = {{Offset(*y_[n].data), Offset(*x_[n].data)}}, flip = *mirror_[n].data != 0;
-    float bias[1][3];
-    SetBias(noise_[n].data, bias[0]);
-    const float *image = mean_image_.empty() ? nullptr : mean_image_.data();
-    const int is_nchw = layout_ == "CHW", is_uint8 = type_ == DALI_UINT8;
+    char message[MESSAGE_BYTES] = "";
+    std::string reason;
     if constexpr (source == Source::kJpeg) {
       const auto *data = static_cast<const uint8_t *>(in.raw_tensor(n));
-      const size_t size = in.tensor_shape_span(n).empty() ? 0 : volume(in.tensor_shape_span(n));
-      const bool failed = is_whole_ ? decode_whole(data, size, to, message) != 0
-                                    : decode(1, &data, &size, offset, &flip, bias, image, factor_.data(), to, is_nchw,
-                                             is_uint8, message) >= 0;
-      if (failed) Refuse(n, message);
+      if (decode_image(data, volume(in.tensor_shape_span(n)), wanted, to, message)) reason = message;
     } else {
-      int32_t file;
-      int64_t start;
-      const std::string why = tars_.Find(in.GetMeta(n).GetSourceInfo(), &file, &start);
-      if (!why.empty()) return Refuse(n, why);
-      const bool failed = is_whole_ ? read_bytes(file, to, kStoredBytes, start, message) != 0
-                                    : finish_stored(1, &file, &start, offset, &flip, bias, image, factor_.data(), to,
-                                                    is_nchw, is_uint8, message) >= 0;
-      if (failed) Refuse(n, message);
+      int file = -1;
+      int64_t start = 0;
+      reason = tars_.Find(in.GetMeta(n).GetSourceInfo(), &file, &start);
+      if (reason.empty() && read_image(file, start, wanted, to, message)) reason = message;
     }
+    if (!reason.empty()) Refuse(n, reason);
   }
 
   static int Offset(float position) {
@@ -254,11 +236,11 @@ class CropFinish : public StatelessOperator<CPUBackend> {
   }
 
   /* Of the samples that fail the first one counts, whatever the threads do. */
-  void Refuse(int n, const std::string &why) {
+  void Refuse(int n, const std::string &reason) {
     std::lock_guard<std::mutex> guard(lock_);
     if (n > failed_) return;
     failed_ = n;
-    reason_ = why;
+    reason_ = reason;
   }
 
   ArgValue<float> y_, x_;

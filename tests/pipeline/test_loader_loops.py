@@ -17,7 +17,7 @@ from tests.pipeline.loading import NUM_TRAIN, NUM_VAL, flatten, list_images, rea
 from tests.pipeline.test_loader_faults import garble_one_image
 
 ASKED = ("keys", "_read_number")  # by the test, of a batch that was delivered
-OURS = str(Path(pipeline.__file__).parent)
+TRACED = (str(Path(pipeline.__file__).parent), threading.__file__)
 
 
 def take_islice(loader, num):
@@ -115,7 +115,7 @@ def test_evaluation_loops_are_independent_of_each_other(make_eval):
 
 
 class Interruption:
-    """Raises KeyboardInterrupt at the `number`-th line that the package runs in this thread."""
+    """Raises KeyboardInterrupt at the `number`-th line that the package, or threading, runs in this thread."""
 
     def __init__(self, number: int) -> None:
         self.left = number
@@ -127,7 +127,7 @@ class Interruption:
         sys.settrace(None)
 
     def _trace(self, frame, event, _):
-        is_ours = frame.f_code.co_filename.startswith(OURS) and not frame.f_code.co_name.endswith(ASKED)
+        is_ours = frame.f_code.co_filename.startswith(TRACED) and not frame.f_code.co_name.endswith(ASKED)
         return self._count if is_ours else None
 
     def _count(self, frame, event, _):

@@ -18,7 +18,12 @@ enum cudaError_t {
   cudaErrorCudartUnloading = 4,
   cudaErrorNotReady = 600
 };
-enum CUresult { CUDA_SUCCESS = 0, CUDA_ERROR_OUT_OF_MEMORY = 2, CUDA_ERROR_DEINITIALIZED = 4, CUDA_ERROR_NOT_READY = 600 };
+enum CUresult {
+  CUDA_SUCCESS = 0,
+  CUDA_ERROR_OUT_OF_MEMORY = 2,
+  CUDA_ERROR_DEINITIALIZED = 4,
+  CUDA_ERROR_NOT_READY = 600
+};
 enum cudaMemcpyKind { cudaMemcpyDefault = 4 };
 enum { cudaEventDisableTiming = 2 };
 
