@@ -53,6 +53,10 @@ def ours(job: Job, kind: str, *, operators: str = "", **transform: Any) -> Batch
         raise RuntimeError(f"imported {pipeline.__file__}, expected a file of {job.project}")
     shards = ShardSet.open(job.shards[kind])
     colors = ColorStats.load(shards.root, shards.fingerprint)
+    if operators == "stock" and kind == "jpeg":
+        from pipeline.shards import Checksums
+
+        Checksums(shards, "train").wait()  # what is read once, beside a first epoch: before the clock
     loader: Any
     if hasattr(pipeline, "Transform"):
         loader = TrainLoader(shards, colors, pipeline.Transform(**transform), global_batch_size=BATCH, seed=1)
