@@ -98,7 +98,7 @@ class TrainLoader:
             "rank": rank,
             "seed": seed,
             "device": device,
-            "decoder": f"{spec.decode}, {'own' if has_own_operators(spec) else 'DALI'}'s operators",
+            "decoder": f"{spec.decode}, " + ("our own operators" if has_own_operators(spec) else "DALI's operators"),
             "transform": {name: value for name, value in asdict(transform).items() if name not in _FORM},
         }
         shards.fetch("train")

@@ -5,6 +5,7 @@ import re
 from dataclasses import fields
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 
@@ -98,6 +99,21 @@ def test_the_readmes_loop_sees_every_epoch_whole(ready_shards):
     assert {(tuple(images.shape), images.dtype, labels.dtype) for images, labels in seen} == {
         ((8, 3, 224, 224), torch.float32, torch.int64)
     }
+
+
+def test_a_state_by_other_operators_is_refused_and_both_are_named(ready_shards, monkeypatch):
+    from pipeline import ColorStats, ShardSet, TrainLoader, UserError
+    from pipeline.operators import load_operators
+
+    if not load_operators():
+        pytest.skip("the operators cannot be compiled here: no C++ compiler, or no headers of libjpeg-turbo")
+    shards = ShardSet.open(ready_shards)
+    colors = ColorStats.load(ready_shards, shards.fingerprint)
+    state = TrainLoader(shards, colors, global_batch_size=8).state_dict()
+    monkeypatch.setenv("ALEXNET_OPERATORS", "stock")
+    words = "decoder cpu, our own operators, this one has cpu, DALI's operators"
+    with pytest.raises(UserError, match=words):
+        TrainLoader(shards, colors, global_batch_size=8).load_state_dict(state)
 
 
 def test_the_documents_resuming_goes_on_where_it_was(ready_shards, tmp_path, monkeypatch):
