@@ -11,12 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from pipeline.stored import SampleTable
-
 from pipeline.colors import COLOR_FILE, MEAN_IMAGE_FILE, ColorStats
 from pipeline.common.errors import UserError
 from pipeline.manifest import MANIFEST
-from pipeline.shards import ShardSet, check_index, check_places
+from pipeline.shards import ShardSet, check_index, check_places, read_index
 
 Read = Callable[[bytes], bool]  # whether the bytes were read; False: refused
 NUM_READ_BACK = 4  # entries of a source that are read as well as listed
@@ -78,7 +76,7 @@ def _read_index(shards: ShardSet) -> None:
     shard, path = shards.shards("train")[0], shards.indices("train")[0]
     check_index(path, shard, "jpg")
     check_places(path, shard, "jpg")
-    SampleTable(shards, "train")
+    read_index(path, shard, "jpg")
 
 
 def _check_shard(path: Path, data: bytes) -> bool:

@@ -2,6 +2,7 @@
 of README.md."""
 
 import re
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -63,6 +64,23 @@ def test_the_documents_loop_trains_and_evaluates_a_net_that_is_not_ours(ready_sh
     assert names["num_right"] <= 24 and names["num_seen"] == 24  # every validation image once
 
 
+def test_the_documents_options_are_those_of_the_loader(ready_shards):
+    from pipeline import ColorStats, LoaderOptions, ShardSet, TrainLoader, Transform
+
+    text = DOCUMENT.read_text(encoding="utf-8")
+    for kind in (Transform, LoaderOptions):
+        table = text.split(f"\n| `{kind.__name__}(...)` |")[1].split("\n\n")[0].splitlines()[2:]
+        named = [name for row in table for name in re.findall(r"`(\w+)`", row.split("|")[1])]
+        assert named == [field.name for field in fields(kind)]
+    shards = ShardSet.open(ready_shards)
+    names = {"shards": shards, "colors": ColorStats.load(ready_shards, shards.fingerprint)}
+    names |= {"TrainLoader": TrainLoader, "transform": Transform()}
+    program = read_programs(DOCUMENT)[1].replace('"gpu"', '"cpu"').replace("256", "8")
+    exec(compile(program, str(DOCUMENT), "exec"), names)
+    assert (names["loader"].spec.num_on_host, names["loader"].spec.num_threads) == (2, 8)
+    assert len(next(iter(names["loader"])).images) == 8
+
+
 def test_the_readmes_loop_sees_every_epoch_whole(ready_shards):
     (program,) = read_programs(ROOT / "README.md")
     for written, here in {
@@ -92,7 +110,7 @@ def test_the_documents_resuming_goes_on_where_it_was(ready_shards, tmp_path, mon
     batches = iter(loader)
     for _ in range(3):
         next(batches)
-    save, load = read_programs(DOCUMENT)[1].strip().split("\n\n")
+    save, load = read_programs(DOCUMENT)[2].strip().split("\n\n")
     exec(compile(save, str(DOCUMENT), "exec"), {"torch": torch, "loader": loader})
     exec(compile(load, str(DOCUMENT), "exec"), {"torch": torch, "loader": fresh})
     assert fresh.step == 3
