@@ -124,7 +124,7 @@ class Remote:
                 return
             _check_room(root, missing)
             total = sum(shard.bytes for shard in missing)
-            note(f"{self.url}: downloading {len(missing)} shards, {gib(total)}, to {root}")
+            note(f"{self.url}: downloading {len(missing)} shards, {_size(total)}, to {root}")
             with Progress("downloading", _mb(total), "MB") as progress:
                 num_done = 0
 
@@ -142,7 +142,7 @@ class Remote:
                     if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                         raise
                     raise UserError(
-                        f"{root}: the disk is full with {gib(total - num_done)} still to fetch; free as much, or "
+                        f"{root}: the disk is full with {_size(total - num_done)} still to fetch; free as much, or "
                         f"{_ELSEWHERE}"
                     ) from error
 
@@ -318,9 +318,8 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def gib(num_bytes: int) -> str:
-    """A number of bytes for people: "1.50 GiB"."""
-    return f"{num_bytes / 2**30:.2f} GiB"
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.2f} MiB"
 
 
 def _mb(num_bytes: int) -> int:
@@ -351,11 +350,11 @@ def _check_room(root: Path, shards: Sequence[Shard]) -> None:
     if needed <= free:
         return
     others = sorted(path for path in root.parent.iterdir() if path != root and _SET_NAME.fullmatch(path.name))
-    sizes = [f"{path.name} ({gib(sum(file.lstat().st_blocks * 512 for file in path.iterdir()))})" for path in others]
+    sizes = [f"{path.name} ({_size(sum(file.lstat().st_blocks * 512 for file in path.iterdir()))})" for path in others]
     hint = f"; other sets there, to be deleted if nobody needs them: {', '.join(sizes)}" if sizes else ""
     raise UserError(
-        f"{root.parent}: {gib(needed)} of these shards are still to fetch, the disk has {gib(free)} free; free some "
-        f"space or {_ELSEWHERE}{hint}"
+        f"{root.parent}: {_size(needed)} of these shards are still to fetch, the disk has {_size(free)} free; "
+        f"free some space or {_ELSEWHERE}{hint}"
     )
 
 

@@ -146,11 +146,13 @@ class TrainLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         if self._at.step == self._num_steps:
-            self._end_epoch()
+            self.end_epoch()
         return _Epoch(self)
 
-    def _end_epoch(self) -> None:
-        self._stream.check()  # an epoch of replaced or damaged shards does not count
+    def end_epoch(self) -> None:
+        """Go on to the next epoch, as a loop does behind its last batch. Raises UserError if shards were replaced or
+        damaged in this one."""
+        self._stream.check()
         self._at = _Place(self._at.epoch + 1, 0, self._at.latest)
 
     def state_dict(self) -> dict[str, Any]:
@@ -221,7 +223,7 @@ class _Epoch(Iterator[Batch]):
         if before.epoch != self._epoch:
             raise StopIteration
         if before.step == len(loader):
-            loader._end_epoch()
+            loader.end_epoch()
             raise StopIteration
         taken = loader._stream.peek()
         batch = taken.to_batch(loader.spec, loader.transform)

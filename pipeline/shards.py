@@ -73,7 +73,7 @@ class ShardSet:
                 f"make it with `alexnet-prep shard SOURCE --out {quote(str(root))}`, or name another with --shards"
             )
         manifest = Manifest.parse(read_json(path), path)
-        shards = cls(root, manifest)
+        shards = cls(root.absolute(), manifest)  # the current folder may change
         for split in SPLITS:
             shards.check(split)
         return shards

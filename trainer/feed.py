@@ -96,6 +96,10 @@ class TrainFeed:
             del self._loader  # and with it its memory: the next one asks for as much
             self._loader = self._make_loader()
 
+    def end_epoch(self) -> None:
+        """As a loop does behind its last batch, where none is left."""
+        self._loader.end_epoch()
+
     def __iter__(self) -> Iterator[Batch]:
         batches = iter(self._loader)
         return self._exchange(batches) if self._whole else batches

@@ -97,6 +97,7 @@ def _train_epoch(run: Run, stop: StopRequest) -> int:
     num_steps = len(run.feed)
     if run.feed.step == num_steps:  # resumed between an epoch's last step and its evaluation
         run.before_evaluation = run.place()
+        run.feed.end_epoch()
         return 0
     batches = iter(run.feed)
     since_s, waited_s, num_timed = time.perf_counter(), 0.0, 0
