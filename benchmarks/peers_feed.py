@@ -53,18 +53,26 @@ def ours(job: Job, kind: str, *, operators: str = "", **transform: Any) -> Batch
         raise RuntimeError(f"imported {pipeline.__file__}, expected a file of {job.project}")
     shards = ShardSet.open(job.shards[kind])
     colors = ColorStats.load(shards.root, shards.fingerprint)
-    if operators == "stock" and kind == "jpeg":
-        from pipeline.shards import Checksums
-
-        Checksums(shards, "train").wait()  # what is read once, beside a first epoch: before the clock
     loader: Any
     if hasattr(pipeline, "Transform"):
+        prepare(shards, operators)
         loader = TrainLoader(shards, colors, pipeline.Transform(**transform), global_batch_size=BATCH, seed=1)
     else:  # a version whose loader takes all of it as keywords
         old: Any = TrainLoader
         loader = old(shards, colors, global_batch_size=BATCH, seed=1, num_threads=job.workers, **transform)
     while True:
         yield from loader
+
+
+def prepare(shards: Any, operators: str) -> None:
+    """Before the clock: our operators, or what a first epoch by DALI's does besides, the checksums."""
+    from pipeline.operators import load_operators
+    from pipeline.shards import Checksums
+
+    if operators != "stock" and not load_operators():
+        raise ModuleNotFoundError("our own operators cannot be compiled here; the rows `stock` are what runs")
+    if operators == "stock" and shards.manifest.encoding == "jpeg":
+        Checksums(shards, "train").wait()
 
 
 # DALI by the book, without us.
