@@ -1,9 +1,4 @@
-"""A finished folder of shards, or a URL of one, opened: how any part of the project comes to its tars and indices.
-
-The decision that shaped it: `ShardSet.open` checks what can be checked without reading image data (schema, names,
-sizes, index headers), so that what is wrong is said before anything starts. Left out: what the manifest says
-(manifest.py), reading the images (graph.py) and verifying checksums byte by byte (a job for a preparation tool).
-"""
+"""A finished folder of shards, or a URL of one, opened and checked; and the one reader of DALI's index files."""
 
 import hashlib
 import os

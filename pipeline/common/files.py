@@ -1,8 +1,4 @@
-"""Small files, read and written whole: JSON, and the replacement of a file in one step.
-
-The decision that shaped it: a reader, or a crash at any instant, finds the old file or the whole new one. Left out:
-what the files say. Standard library only.
-"""
+"""Small files, read and written whole: a reader, or a crash at any instant, finds the old file or the whole new one."""
 
 import json
 import os

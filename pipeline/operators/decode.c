@@ -1,5 +1,5 @@
 /* JPEGs -> network input, a few rows at a time: a row is decoded, cropped, shifted and stored while it is in the
-   first-level cache, and decoding ends with the crop's last row. The same bits as a full decode, then finish().
+   first-level cache, and decoding ends with the last row that is wanted. The same bits as of a full decode.
 
    Compiled where libjpeg-turbo's headers are; any other libjpeg would give other pixels. */
 
@@ -81,20 +81,4 @@ int decode_image(const uint8_t *data, size_t size, const Crop *crop, void *out, 
     jpeg_destroy_decompress(&info);
     _mm_sfence();
     return 0;
-}
-
-/* For pipeline/kernel.py. Images data[i] of sizes[i] bytes, offsets[i] = (y, x), out + i images. Returns -1, or the
-   number of the first that cannot be decoded. */
-int decode(int num, const uint8_t *const *data, const size_t *sizes, const int32_t (*offsets)[2],
-           const int32_t *are_flipped, const float (*biases)[3], const float *mean_image, const float *factor,
-           void *out, int is_nchw, int is_uint8, char *message)
-{
-    const size_t image_bytes = 3 * PIXELS * (is_uint8 ? 1 : sizeof(float));
-    for (int i = 0; i < num; i++) {
-        const Crop crop = {offsets[i][0], offsets[i][1], are_flipped[i], is_nchw, is_uint8, biases[i], mean_image,
-                           factor};
-        if (decode_image(data[i], sizes[i], &crop, (char *)out + i * image_bytes, message))
-            return i;
-    }
-    return -1;
 }

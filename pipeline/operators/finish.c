@@ -168,31 +168,3 @@ int read_image(int file, int64_t start, const Crop *crop, void *out, char *messa
     _mm_sfence();
     return 0;
 }
-
-/* For pipeline/kernel.py. pixels: the crop's first byte, its rows `stride` bytes apart. */
-void finish(const uint8_t *pixels, ptrdiff_t stride, int is_flipped, const float *bias, const float *mean_image,
-            const float *factor, void *out, int is_nchw, int is_uint8)
-{
-    const Crop crop = {0, 0, is_flipped, is_nchw, is_uint8, bias, mean_image, factor};
-    View view;
-    begin_view(&view, &crop, out);
-    for (int y = 0; y < SIDE; y++)
-        finish_row(&view, pixels + y * stride, y);
-    _mm_sfence();
-}
-
-/* For pipeline/kernel.py. Image i begins at byte starts[i] of files[i], its crop at offsets[i] = (y, x), out + i
-   images. Returns -1, or the number of the first that cannot be read. */
-int finish_stored(int num, const int32_t *files, const int64_t *starts, const int32_t (*offsets)[2],
-                  const int32_t *are_flipped, const float (*biases)[3], const float *mean_image, const float *factor,
-                  void *out, int is_nchw, int is_uint8, char *message)
-{
-    const size_t image_bytes = 3 * PIXELS * (is_uint8 ? 1 : sizeof(float));
-    for (int i = 0; i < num; i++) {
-        const Crop crop = {offsets[i][0], offsets[i][1], are_flipped[i], is_nchw, is_uint8, biases[i], mean_image,
-                           factor};
-        if (read_image(files[i], starts[i], &crop, (char *)out + i * image_bytes, message))
-            return i;
-    }
-    return -1;
-}

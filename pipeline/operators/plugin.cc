@@ -7,6 +7,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cerrno>
 #include <climits>
 #include <cstdint>
@@ -32,7 +33,6 @@ namespace alexnet {
 using namespace dali;  // NOLINT
 
 constexpr int kMaxOffset = STORED_SIDE - SIDE;
-constexpr int kMostAtOnce = 16, kTurns = 4;  // images a thread takes at a time, at most; times it does so, at least
 constexpr size_t kCropValues = 3 * SIDE * SIDE, kStoredBytes = 3 * STORED_SIDE * STORED_SIDE;
 constexpr size_t kTarBlock = 512, kHugePage = 2 << 20, kKept = 6;
 static_assert(kCropValues % 16 == 0, "the stores past the caches need samples that begin at multiples of 16");
@@ -181,13 +181,11 @@ class CropFinish : public StatelessOperator<CPUBackend> {
     out.SetLayout(layout_);
     failed_ = INT_MAX;
     auto &pool = ws.GetThreadPool();
-    const int at_once = std::clamp(num / (pool.NumThreads() * kTurns), 1, kMostAtOnce);
-    for (int first = 0; first < num; first += at_once)
-      pool.AddWork(
-          [&, first](int) {
-            for (int n = first; n < std::min(first + at_once, num); n++) Make(in, out, n);
-          },
-          -first);
+    std::atomic<int> next{0};
+    for (int i = 0; i < std::min(pool.NumThreads(), num); i++)
+      pool.AddWork([&](int) {
+        for (int n; (n = next++) < num;) Make(in, out, n);
+      });
     pool.RunAll();
     if (failed_ < num)  // a line of its own: operators/__init__.py looks for it
       throw DaliRuntimeError(make_string("\nalexnet: ", in.GetMeta(failed_).GetSourceInfo(), ": ", reason_, "\n"));

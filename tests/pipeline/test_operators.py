@@ -317,11 +317,15 @@ def test_damage_below_the_crop_is_an_error_of_the_whole_image_alone(tmp_path):
             run(make_graph(shard, draws, batch_size=1, **options))
 
 
-def test_a_whole_image_ends_with_its_end_marker(tmp_path):
-    shard = write_shard(tmp_path / "shard.tar", [JPEG[:-2]], "jpg")
-    assert run_until_it_fails(make_graph(shard, batch_size=1, whole=True)) == Failure(
-        str(shard), "000000000", "Premature end of JPEG file"
-    )
+@pytest.mark.parametrize(
+    ("end", "reason"),
+    [(b"", "Premature end of JPEG file"), (b"\1" * 40 + b"\xff\xd9", r"Corrupt JPEG data: \d+ extraneous bytes")],
+    ids=["missing", "late"],
+)
+def test_a_whole_image_ends_with_its_end_marker(tmp_path, end, reason):
+    shard = write_shard(tmp_path / "shard.tar", [JPEG, JPEG[:-2] + end], "jpg")
+    found = run_until_it_fails(make_graph(shard, batch_size=2, whole=True))
+    assert found is not None and found.key == "000000001" and re.match(reason, found.reason)
 
 
 @pytest.mark.slow
