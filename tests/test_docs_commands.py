@@ -169,13 +169,6 @@ def test_each_option_of_the_table_is_one_of_its_command():
     assert checked > 40
 
 
-def test_the_readmes_demo_is_that_of_make_demo():
-    shown = next(block for block in BLOCKS if block.tag == "run in demo")
-    script = (ROOT / "tools" / "demo.sh").read_text(encoding="utf-8")
-    run = [words for words in split_commands(script) if words[0] in PROJECT["scripts"]]
-    assert split_commands(shown.text) == run
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("document", sorted({block.document for block in BLOCKS if is_run(block)}))
 def test_the_commands_of_a_document_run_one_after_the_other(document, synth_tree, tmp_path):

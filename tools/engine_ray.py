@@ -72,11 +72,11 @@ def run_units_on_ray(
         mailbox = ray.remote(_Mailbox).options(num_cpus=0).remote()
         options = {"num_cpus": 1, "num_gpus": int(on_gpu), "max_retries": 0}
         task = ray.remote(_work).options(**options)
-        shared = ray.put(function)
+        shared, folder = ray.put(function), Path.cwd()
         at_work: dict[Any, Unit] = {}
 
         def hand_out(unit: Unit) -> None:
-            at_work[task.remote(shared, unit, mailbox)] = unit
+            at_work[task.remote(folder, shared, unit, mailbox)] = unit
 
         def show() -> None:
             for update in _get(ray, mailbox.take.remote(), "the progress of the units"):
@@ -125,10 +125,14 @@ def _last_line(error: Exception) -> str:
     return ["", *str(error).strip().splitlines()][-1]
 
 
-def _work(function: Callable[[Any, Callable[[Any], None]], Any], unit: Any, mailbox: Any) -> tuple[bool, Any]:
-    """A task: whether the unit succeeded, and its result or exception."""
+def _work(
+    folder: Path, function: Callable[[Any, Callable[[Any], None]], Any], unit: Any, mailbox: Any
+) -> tuple[bool, Any]:
+    """A task: whether the unit succeeded, and its result or exception. `folder` is the driver's current one."""
     import ray
 
+    with contextlib.suppress(OSError):  # a machine that does not have it
+        os.chdir(folder)
     use_one_thread()
     last = None
 
@@ -199,12 +203,15 @@ def _connect(address: str | None, num_tasks: int | None, on_gpu: bool) -> Iterat
         "include_dashboard": False,
     }
     try:
-        ray.init(
-            address=address or "local",
-            log_to_driver=False,
-            logging_level=logging.CRITICAL,
-            **({} if address else local),
-        )
+        with contextlib.chdir(
+            "/"
+        ):  # Ray's workers look for modules in the driver's folder first: the user's own are there
+            ray.init(
+                address=address or "local",
+                log_to_driver=False,
+                logging_level=logging.CRITICAL,
+                **({} if address else local),
+            )
     except (ConnectionError, ValueError, RuntimeError, OSError, ray.exceptions.RayError) as error:
         raise _explain(address, error) from error
     finally:

@@ -122,8 +122,9 @@ def _mourn(process: Any, unit: Any) -> UserError:
     process.join()
     status = process.exitcode
     how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+    hint = "if memory ran out, give fewer --workers; " if status < 0 else ""  # the kernel kills, it does not ask
     return UserError(
-        f"{unit}: its worker process {how}, expected it to finish; if memory ran out, give fewer --workers; "
+        f"{unit}: its worker process {how}, expected it to finish; {hint}"
         "run the same command again to go on from the finished shards"
     )
 

@@ -10,7 +10,6 @@ import math
 import multiprocessing
 import os
 import signal
-import sys
 import threading
 import time
 import traceback
@@ -20,7 +19,14 @@ from multiprocessing import resource_tracker
 from types import FrameType
 from typing import Any
 
-from pipeline.common.console import STATUS_FAILED, explain_os_error, leave_closed_terminal, warn
+from pipeline.common.console import (
+    STATUS_FAILED,
+    explain_os_error,
+    flush_results,
+    leave_closed_terminal,
+    take_streams,
+    warn,
+)
 from pipeline.common.errors import UserError
 from trainer.distributed import FAILURE, LAUNCH_ID, PEER_LOST, RESTART, is_first_to, is_peer_loss
 from trainer.signals import list_signals
@@ -162,7 +168,8 @@ def _name_end(status: int) -> str:
 
 
 def _run_child(function: Callable[..., int], arguments: tuple[Any, ...]) -> int:
-    status = run_as_rank(function, *arguments)
+    take_streams()
+    status = flush_results(run_as_rank(function, *arguments))
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # nothing is left to stop, and torch's launcher
         signal.signal(number, signal.SIG_IGN)  # would wait for ever for a rank that dies while it waits to be asked
     threading.Thread(target=_leave_with_launcher, args=(status,), daemon=True).start()
@@ -186,9 +193,7 @@ def run_as_rank(function: Callable[..., int], *arguments: Any) -> int:
     if status == STATUS_PEER_LOST or os.environ.get("RANK") == "0":  # whom the others may have to ask
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(_GRACE_S)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)  # the usual way waits for collectives that the other ranks will not join
+    os._exit(flush_results(status))  # the usual way waits for collectives that the other ranks will not join
 
 
 def _tell(error: Exception) -> int:

@@ -1,13 +1,12 @@
 """How every command speaks: results on stdout, progress on stderr, one-line errors, exit codes.
 
-The decision that shaped it: commands raise, and `run` alone turns exceptions into words and a status (0 done, 1
-failed, 2 wrong usage, 130 after SIGINT, 143 after SIGTERM), and shows a terminal's cursor again whatever happened.
-rich and everything heavy is imported on use, so that `--help` stays instant. Left out: what the commands say; that is
-theirs.
+Commands raise, and `run` alone turns exceptions into words and a status (0 done, 1 failed, 2 wrong usage, 130 after
+SIGINT, 143 after SIGTERM). rich and everything heavy is imported on use, so that `--help` stays instant.
 """
 
 import contextlib
 import errno
+import io
 import json
 import math
 import os
@@ -16,16 +15,21 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import click
 
 from pipeline.common.errors import UserError
 
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
+
 STATUS_FAILED, STATUS_USAGE, STATUS_SIGINT, STATUS_SIGTERM = 1, 2, 130, 143
 PLAIN_INTERVAL_S = 10.0
 SHOW_CURSOR = "\x1b[?25h"
+STDOUT_NAME = "standard output"
 
 # How a command speaks of its work: in words on stderr, not at all, or as a JSON object a line on stdout.
 Voice = Literal["words", "quiet", "json"]
@@ -59,6 +63,15 @@ class Command(click.Command):
             )
         )
 
+    def invoke(self, ctx: click.Context) -> Any:
+        """As click's own, which leaves without a word at any broken pipe: only at that of stdout."""
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError as error:
+            if error.filename == STDOUT_NAME:
+                raise
+            raise UserError(explain_os_error(error)) from error
+
 
 class Group(click.Group):
     """A group whose commands take --debug too."""
@@ -66,13 +79,78 @@ class Group(click.Group):
     command_class = Command
 
 
+class _Results(io.FileIO):
+    """stdout, named in its errors."""
+
+    def write(self, data: "ReadableBuffer", /) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            error.filename = STDOUT_NAME
+            raise
+
+
+class _Remarks(io.FileIO):
+    """stderr: what it cannot take is lost in silence."""
+
+    def write(self, data: "ReadableBuffer", /) -> int:
+        try:
+            return super().write(data) or memoryview(data).nbytes  # None: full, and told not to wait
+        except OSError:
+            return memoryview(data).nbytes
+
+
+def take_streams() -> None:
+    """Prepare this process's streams: a failed write to stderr is no error, and a stream that was closed before the
+    process began is /dev/null. Else its number would be that of the next file opened, and a library's words go there.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            stream = Path(os.devnull).open(mode)  # noqa: SIM115 - for as long as the process lives
+            os.set_inheritable(stream.fileno(), True)
+            setattr(sys, name, stream)
+    if sys.stdout is sys.__stdout__:
+        sys.stdout = _rebuild(sys.__stdout__, _Results)
+    if sys.stderr is sys.__stderr__:
+        sys.stderr = _rebuild(sys.__stderr__, _Remarks)
+
+
+def _rebuild(stream: Any, kind: type[io.FileIO]) -> io.TextIOWrapper:
+    raw = kind(stream.fileno(), "w", closefd=False)
+    return io.TextIOWrapper(
+        raw if stream.write_through else io.BufferedWriter(raw),  # as python -u has it
+        encoding=stream.encoding,
+        errors=stream.errors,
+        newline="\n",
+        line_buffering=stream.line_buffering,
+        write_through=stream.write_through,
+    )
+
+
+def flush_results(status: int) -> int:
+    """`status` or, if it is 0 and stdout cannot take what is left for it, 1, having said so.
+
+    To be called last: what the interpreter cannot write at its exit makes the status 120.
+    """
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        _discard(sys.stdout.fileno())
+        if status:  # told already
+            return status
+        return STATUS_FAILED if isinstance(error, BrokenPipeError) else _complain_of(error)
+    return status
+
+
 def run(command: click.Command) -> NoReturn:
     """Run `command` on sys.argv as the whole process, and exit with the status its outcome means."""
+    take_streams()
+    os.environ["PYTHONSAFEPATH"] = "1"  # processes that we start do not import what lies in the current folder
     signal.signal(signal.SIGTERM, _raise_terminated)
     try:
         result = command.main(standalone_mode=False)
         status = result if isinstance(result, int) else 0
-    except click.Abort:
+    except (click.Abort, KeyboardInterrupt):
         status = _complain("interrupted", STATUS_SIGINT)
     except Terminated:
         status = _complain("terminated", STATUS_SIGTERM)
@@ -81,18 +159,17 @@ def run(command: click.Command) -> NoReturn:
         status = error.exit_code
     except UserError as error:
         status = _complain(f"error: {error}", STATUS_FAILED)
-    except BrokenPipeError:
-        sys.stderr.close()  # the reader of our output has left: nobody to tell
-        status = STATUS_FAILED
     except OSError as error:
-        status = _complain(f"error: {explain_os_error(error)}", STATUS_FAILED)
+        status = _complain_of(error)
+    except SystemExit as left:
+        status = left.code if isinstance(left.code, int) else STATUS_FAILED if left.code else 0
     except Exception as error:  # noqa: BLE001 - a defect of ours, reported as one
         what = " ".join(str(error).split())
         hint = "" if _debug else "; --debug shows the traceback"
         status = _complain(f"internal error: {type(error).__name__}: {what}{hint}", STATUS_FAILED)
     finally:
         show_cursor()
-    sys.exit(status)
+    sys.exit(flush_results(status))
 
 
 def can_redraw() -> bool:
@@ -115,9 +192,13 @@ def leave_closed_terminal() -> None:
         try:
             os.write(stream, b"")
         except OSError:
-            null = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(null, stream)
-            os.close(null)
+            _discard(stream)
+
+
+def _discard(stream: int) -> None:
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, stream)
+    os.close(null)
 
 
 def _raise_terminated(_signal: int, _frame: FrameType | None) -> None:
@@ -129,6 +210,10 @@ def _complain(line: str, status: int) -> int:
         traceback.print_exc()
     _remark(line)
     return status
+
+
+def _complain_of(error: OSError) -> int:
+    return _complain(f"error: {explain_os_error(error)}", STATUS_FAILED)
 
 
 def explain_os_error(error: OSError) -> str:
@@ -204,7 +289,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
 
 
 class Progress:
-    """Progress on stderr: a rich bar on a terminal, else a plain line at most every ten seconds.
+    """Progress on stderr: a rich bar on a terminal, else a plain line at most every ten seconds; as a remark is made.
 
     `with Progress("sharding", 1000, "images") as progress: progress.advance(5, failures="0")`
     """
@@ -217,7 +302,7 @@ class Progress:
         self._bar: Any = None
 
     def __enter__(self) -> "Progress":
-        if sys.stderr.isatty():
+        if _voice == "words" and sys.stderr.isatty():
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 

@@ -13,9 +13,10 @@ import pytest
 
 from pipeline.common import console
 from pipeline.common.console import Progress, explain_os_error
+from tests.streams import KINDS, STDERR, STDOUT, UNBUFFERED, run_broken
 
 PROGRAM = """
-import os, signal, sys, time, click
+import os, signal, subprocess, sys, time, click
 from pipeline.common import console
 from pipeline.common.errors import UserError
 
@@ -24,7 +25,8 @@ def group(): pass
 
 @group.command()
 @click.argument("what")
-def do(what):
+@click.argument("path", default="")
+def do(what, path):
     if what == "well": console.say("result"); console.note("remark"); return
     if what == "user": raise UserError("thing: got 1, expected 2; do that")
     if what == "os": open("/nowhere/file")
@@ -35,6 +37,14 @@ def do(what):
         try: os.kill(os.getpid(), signal.SIGTERM); time.sleep(30)
         finally: console.note("cleaned up")
     if what == "status": return 7
+    if what == "table": console.print_table("title", ["name"], [["a"]])
+    if what == "print": print("a library speaks")
+    if what == "peer":
+        reader, writer = os.pipe(); os.close(reader); os.write(writer, b"a")
+    if what == "file":
+        with open(path, "w") as file:
+            file.write(f"{file.fileno()} "); file.flush()
+            subprocess.run([sys.executable, "-c", "import os; os.fstat(1); os.fstat(2); print('open')"], stdout=file)
     if what == "pipe": [console.say("x" * 1000) for _ in range(1000)]
     if what == "progress":
         with console.Progress("work", 4, "images") as progress:
@@ -98,19 +108,60 @@ def test_a_reader_that_leaves_is_no_traceback():
     assert process.returncode == 1
 
 
-@pytest.mark.parametrize("stderr", ["a full disk", "a reader that has left"])
-def test_a_remark_that_cannot_be_written_does_not_end_the_work(stderr):
-    if stderr == "a full disk":
-        descriptor = os.open("/dev/full", os.O_WRONLY)
-    else:
-        reader, descriptor = os.pipe()
-        os.close(reader)
-    program = "from pipeline.common import console; console.note('a'); console.warn('b'); console.say('done')"
-    try:
-        done = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=descriptor, text=True)
-    finally:
-        os.close(descriptor)
-    assert (done.stdout, done.returncode) == ("done\n", 0)
+def run_with_broken(stream, kind, unbuffered, *words):
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    return run_broken([sys.executable, "-c", PROGRAM, *words], stream, kind, environment)
+
+
+@pytest.mark.parametrize("unbuffered", UNBUFFERED)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("what", "status"), [("well", 0), ("user", 1), ("defect", 1), ("--bad", 2), ("int", 130), ("term", 143)]
+)
+def test_a_remark_that_cannot_be_written_ends_no_work_and_changes_no_status(what, status, kind, unbuffered):
+    said = "result\n" if what == "well" else ""
+    assert run_with_broken(STDERR, kind, unbuffered, "do", what) == (status, said)
+
+
+@pytest.mark.parametrize("unbuffered", UNBUFFERED)
+@pytest.mark.parametrize("words", [("do", "well"), ("do", "json"), ("do", "table"), ("do", "print"), ("--help",)])
+def test_a_result_that_cannot_be_written_is_one_line_and_status_1(words, unbuffered):
+    status, said = run_with_broken(STDOUT, "full", unbuffered, *words)
+    lines = [line for line in said.splitlines() if line != "remark"]
+    assert lines == ["error: standard output: No space left on device; free some space or choose another folder"]
+    assert status == 1
+
+
+@pytest.mark.parametrize("unbuffered", UNBUFFERED)
+@pytest.mark.parametrize("words", [("do", "well"), ("do", "table"), ("do", "print"), ("--help",)])
+def test_a_reader_of_results_that_has_left_is_status_1_without_a_word(words, unbuffered):
+    status, said = run_with_broken(STDOUT, "left", unbuffered, *words)
+    assert (status, said.replace("remark\n", "")) == (1, "")
+
+
+@pytest.mark.parametrize("unbuffered", UNBUFFERED)
+@pytest.mark.parametrize("words", [("do", "well"), ("do", "table"), ("--help",)])
+def test_results_for_a_stream_that_was_closed_are_wanted_by_nobody(words, unbuffered):
+    status, said = run_with_broken(STDOUT, "closed", unbuffered, *words)
+    assert (status, said.replace("remark\n", "")) == (0, "")
+
+
+def test_a_file_opened_by_a_command_is_none_of_its_streams_though_all_were_closed(tmp_path):
+    path = tmp_path / "numbers"
+
+    def close() -> None:
+        for stream in range(3):
+            os.close(stream)
+
+    command = [sys.executable, "-c", PROGRAM, "do", "file", str(path)]
+    assert subprocess.run(command, preexec_fn=close, timeout=60).returncode == 0
+    number, of_a_child = path.read_text().split()
+    assert int(number) > 2 and of_a_child == "open"
+
+
+def test_a_broken_pipe_that_is_not_a_stream_is_told():
+    done = run("do", "peer")
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", "error: Broken pipe\n")
 
 
 def test_progress_draws_a_bar_on_a_terminal_and_no_control_codes_elsewhere():

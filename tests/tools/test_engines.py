@@ -12,7 +12,7 @@ import pytest
 
 from pipeline.common.errors import UserError
 from tests.sharding import wait_until
-from tests.tools.units import die_at_three, double, fail_at_three, fail_in_code, is_running
+from tests.tools.units import die_at_three, double, fail_at_three, fail_in_code, is_running, leave_at_three
 from tools.engines import count_cpus, run_units
 
 
@@ -56,6 +56,11 @@ def test_units_are_taken_as_they_are_needed():
 def test_a_worker_that_is_killed_is_an_error_and_not_a_hang(num_workers):
     with pytest.raises(UserError, match=r"3: its worker process was killed by SIGKILL.*fewer --workers"):
         run(die_at_three, range(5), num_workers=num_workers)
+
+
+def test_a_worker_that_ends_by_itself_has_not_run_out_of_memory():
+    with pytest.raises(UserError, match=r"3: its worker process ended with status 7, expected it to finish; run the"):
+        run(leave_at_three, range(5))
 
 
 def test_a_failed_system_call_in_a_worker_is_raised_here_with_its_file():

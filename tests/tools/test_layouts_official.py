@@ -94,7 +94,7 @@ def test_an_unpacked_kit_will_do(tmp_path):
     make_official(tmp_path)
     wanted = open_source(tmp_path).splits
     with tarfile.open(tmp_path / DEVKIT) as tar:
-        tar.extractall(tmp_path, filter="data")
+        tar.extractall(tmp_path)  # a filter came with Python 3.11.4
     (tmp_path / DEVKIT).unlink()
     assert open_source(tmp_path).splits == wanted
 

@@ -18,6 +18,12 @@ def die_at_three(unit, report):
     return unit
 
 
+def leave_at_three(unit, report):
+    if unit == 3:
+        os._exit(7)
+    return unit
+
+
 def fail_at_three(unit, report):
     if unit == 3:
         raise OSError(28, "No space left on device", "/the/file")
