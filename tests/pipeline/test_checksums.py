@@ -4,6 +4,7 @@ import gc
 import json
 import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -74,7 +75,15 @@ def test_a_damaged_tar_is_named_and_not_remembered(private_shards):
     Checksums(private_shards, "val").wait()
 
 
-@pytest.mark.parametrize("damage", [lambda tar: tar.write_bytes(bytes(tar.stat().st_size)), Path.unlink])
+def swap(tar: Path) -> None:
+    """For another file of the same size and time."""
+    other = tar.with_name("other")
+    shutil.copy2(tar, other)
+    flip_a_byte(other)
+    other.replace(tar)
+
+
+@pytest.mark.parametrize("damage", [lambda tar: tar.write_bytes(bytes(tar.stat().st_size)), Path.unlink, swap])
 def test_what_is_damaged_after_it_was_found_sound_is_named(private_shards, damage):
     Checksums(private_shards, "train").wait()
     damage(private_shards.tars("train")[0])
