@@ -67,6 +67,8 @@ def train_graph(
     ASCII digits uint8 (5,) and (9,); and the draws: y and x, float32 (); flip int32 (); noise float32 (3,).
     """
 
+    num_buffered, constants = count_buffered(shards, spec), transform.constants(colors)
+
     def seed_of(stream: str) -> int:  # of each operator its own: switching one off leaves the draws of the others
         return stream_seed(spec.seed, stream, spec.rank)
 
@@ -75,7 +77,7 @@ def train_graph(
             shards,
             spec,
             random_shuffle=True,
-            initial_fill=count_buffered(shards, spec),
+            initial_fill=num_buffered,
             shuffle_after_epoch=True,
             shuffle_after_epoch_seed=stream_seed(spec.seed, "shards"),  # the one stream that ranks share
             seed=seed_of("buffer"),
@@ -93,7 +95,7 @@ def train_graph(
         if transform.lighting:
             noise = fn.random.normal(shape=[3], seed=seed_of("lighting"))
         view = View(y, x, flip, noise if transform.lighting else None)
-        images = _decode_and_finish(stored, view, transform, transform.constants(colors), spec)
+        images = _decode_and_finish(stored, view, transform, constants, spec)
         return images, label, key, y, x, flip, noise
 
     return _build(define, shards, spec, enable_checkpointing=True, checkpoint=checkpoint)

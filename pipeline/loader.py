@@ -279,7 +279,6 @@ class EvalLoader:
         self._num_steps = math.ceil(math.ceil(num_samples / num_parts) / batch_size)
         self._num_images = 0
         self.keys = torch.empty(0, dtype=torch.int64, device="cpu")
-        self._idle: BatchStream | None = None  # at the start of an epoch
         if rank < num_parts:
             shards.fetch(split)
             self._num_images = num_samples * (rank + 1) // num_parts - num_samples * rank // num_parts
@@ -289,6 +288,7 @@ class EvalLoader:
             return BatchStream(graph, NUMBERS, shards, spec, self._num_steps)
 
         self._start = start
+        self._idle = start() if self._num_images else None  # at the start of an epoch
 
     def __len__(self) -> int:
         return self._num_steps
