@@ -8,10 +8,10 @@
 # has), so with PyTorch's wheels for CUDA 12, 525.60 will do: --build-arg TORCH_INDEX=(the URL of their index).
 FROM nvidia/cuda:12.9.1-runtime-ubuntu24.04
 
-# The compiler and libjpeg-turbo's headers are for the C parts, which are compiled at their first use.
+# The compilers and libjpeg-turbo's headers are for the C and C++ parts, which are compiled at their first use.
 # hadolint ignore=DL3008
 RUN apt-get update \
-    && apt-get install --yes --no-install-recommends gcc libc6-dev libjpeg-turbo8-dev python3 python3-venv \
+    && apt-get install --yes --no-install-recommends g++ libc6-dev libjpeg-turbo8-dev python3 python3-venv \
     && rm -rf /var/lib/apt/lists/*
 
 ENV PATH=/opt/alexnet/bin:$PATH PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1

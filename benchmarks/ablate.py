@@ -29,6 +29,7 @@ sys.path.insert(0, str(ROOT))
 
 from pipeline.common.errors import UserError  # noqa: E402
 from pipeline.common.files import read_json, write_json  # noqa: E402
+from pipeline.options import LoaderOptions  # noqa: E402
 from pipeline.shards import ShardSet  # noqa: E402
 from trainer.recipe import RECIPES, Recipe, override, to_dict  # noqa: E402
 
@@ -91,7 +92,7 @@ def main() -> None:
                     continue
                 print(f"run {number} of {len(runs)}: {run.folder.name}", file=sys.stderr, flush=True)
                 train(run, options)
-                write_json(run.folder / VERDICTS, judge(run, shards, options.threads))
+                write_json(run.folder / VERDICTS, judge(run, shards, LoaderOptions(num_threads=options.threads)))
             done.append(run)
             if number < len(runs) and run.effect == effects[-1]:
                 show(done, shards, options)  # a round of seeds is complete: the table so far
@@ -179,7 +180,7 @@ def train(run: Run, options: argparse.Namespace) -> None:
         raise UserError(f"{run.folder.name}: alexnet-train ended with status {status}; mend that and start again")
 
 
-def judge(run: Run, shards: ShardSet, num_threads: int | None = None) -> dict[str, Any]:
+def judge(run: Run, shards: ShardSet, options: LoaderOptions = LoaderOptions()) -> dict[str, Any]:
     """The last checkpoint on every validation image, in the shards' order: whether its top-1 class is wrong.
 
     {"centre": [0, 1, ...], "ten": [...]}: the mistakes that `alexnet-eval --checkpoint last` counts. On the CPU.
@@ -203,7 +204,7 @@ def judge(run: Run, shards: ShardSet, num_threads: int | None = None) -> dict[st
     verdicts: dict[str, Any] = {}
     for crops in ("centre", "ten"):
         wrong: list[int] = []
-        loader = make_eval_loader(shards, colors, run.recipe, ranks, crops, num_threads)  # type: ignore[arg-type]
+        loader = make_eval_loader(shards, colors, run.recipe, ranks, crops, options)  # type: ignore[arg-type]
         with torch.no_grad():
             for images, labels in loader:
                 wrong += (log_probabilities(model, images, dtype).argmax(dim=1) != labels).int().tolist()

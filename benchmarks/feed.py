@@ -1,17 +1,20 @@
 """How fast do batches come? Ours, peers and physical limits, alternated in one run on the same cores.
 
     python benchmarks/feed.py SOURCE --python PEERS/bin/python --json feed.json
+    python benchmarks/feed.py SOURCE --against ../before --only ours,other,ours-uint8,other-uint8,ours-raw,other-raw
 
 SOURCE holds images at any depth (default: a synthetic set). They are prepared by `tools.sharder` as 256x256 JPEGs of
 quality 90, and every contestant is fed the same encoded bytes, converted to its own format beforehand. Output, but for
 the rows marked uint8 and the limits: float32 NCHW batches of 128, random 224x224 crop, flip, PCA lighting, mean
 subtracted. Before the clock runs, a batch of each is compared with the stored pixels: for every image the label says
-which one it is, and its offset, flip and colour shift are found again. The decision that shaped it: a steady state is
-timed (endless streams, the batches that lay ready thrown away). Left out: GPUs (gpu.py).
+which one it is, and its offset, flip and colour shift are found again. A steady state is timed: endless streams, the
+batches that lay ready thrown away. `--against` races the loader of another checkout of this project. GPUs: gpu.py.
 """
 
 import argparse
+import subprocess
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,16 +50,29 @@ ENTRIES = (
     Entry("ours-uint8", "ours", "`pipeline.TrainLoader`, uint8 crops, the host's part of GPU training"),
     Entry("dali-uint8", "peer", "plain DALI CPU graph: image_crop alone, uint8"),
     Entry("ours-raw", "ours", "`pipeline.TrainLoader`, raw shards"),
+    Entry("stock", "ours", "`pipeline.TrainLoader` by DALI's stock operators, JPEG shards, channel mean"),
+    Entry("stock-uint8", "ours", "the same, uint8 crops"),
+    Entry("stock-raw", "ours", "the same, raw shards"),
     Entry("dali-raw", "peer", "plain DALI CPU graph, raw: crop_mirror_normalize"),
     Entry("ffcv-raw", "peer", "FFCV, raw mode, the same numba operation"),
     Entry("by-hand-raw", "control", "numba kernel on mapped raw pixels, threads"),
     Entry("limit-convert", "limit", "C: raw pixels to float32 batches, streaming stores"),
 )
-PAIRS = (("ours", "ffcv"), ("ours", "by-hand"), ("ours-uint8", "limit-crop"), ("ours-raw", "ffcv-raw"))
+AGAINST = (
+    Entry("other", "ours", "the same loader of {}, JPEG shards, channel mean"),
+    Entry("other-uint8", "ours", "the same, uint8 crops"),
+    Entry("other-raw", "ours", "the same, raw shards"),
+)
+PAIRS = (
+    *(("ours", "ffcv"), ("ours", "by-hand"), ("ours-uint8", "limit-crop"), ("ours-raw", "ffcv-raw")),
+    *((f"ours{kind}", f"stock{kind}") for kind in ("", "-uint8", "-raw")),
+    *((f"ours{kind}", f"other{kind}") for kind in ("", "-uint8", "-raw")),
+)
 
 
 def main() -> None:
-    race.run(parse_arguments(), ENTRIES, measure)
+    options = parse_arguments()
+    race.run(options, [*ENTRIES, *(list_others(options.against) if options.against else ())], measure)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -67,8 +83,16 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=3.0, help="length of a turn")
     parser.add_argument("--skip", type=int, default=8, help="batches thrown away before the clock of a turn starts")
     parser.add_argument("--base", default="dali", help="what ratios are to")
+    parser.add_argument(
+        "--against",
+        type=Path,
+        metavar="FOLDER",
+        help=f"a checkout of another version of this project: {', '.join(entry.name for entry in AGAINST)} race too",
+    )
     race.add_options(parser, ENTRIES)
     options = parser.parse_args()
+    if options.against and not (options.against / "pipeline" / "loader.py").is_file():
+        parser.error(f"--against {options.against}: no pipeline/loader.py in it; expected a checkout of this project")
     if options.images < BATCH:
         parser.error(f"--images {options.images}: expected a batch, {BATCH}, or more")
     if options.rounds < 1 or options.seconds <= 0 or options.skip < 0:
@@ -76,6 +100,16 @@ def parse_arguments() -> argparse.Namespace:
     if options.base not in {entry.name for entry in ENTRIES}:
         parser.error(f"--base {options.base}: no such contestant")
     return options
+
+
+def list_others(folder: Path) -> list[Entry]:
+    """The contestants of another checkout, named by its commit."""
+    command = ["git", "-C", str(folder), "describe", "--always", "--dirty"]
+    try:
+        commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = folder.absolute().name
+    return [replace(entry, what=entry.what.format(commit)) for entry in AGAINST]
 
 
 def measure(
@@ -88,6 +122,7 @@ def measure(
     children: dict[str, Child] = {}
 
     def describe(name: str) -> dict[str, Any]:
+        project = options.against.absolute() if name.startswith("other") else HERE.parent
         return {
             "samples": str(scratch / "data" / "samples"),
             "shards": data["shards"],
@@ -96,7 +131,8 @@ def measure(
             "workers": options.workers,
             "mean": data["mean"],
             "basis": data["basis"],
-            "paths": [str(HERE.parent)],
+            "project": str(project),
+            "paths": [str(project)],
         }
 
     def look(child: Child, row: Row) -> None:

@@ -125,14 +125,15 @@ def print_rows(part: str, rows: list[dict[str, Any]]) -> None:
 def measure_loader(samples: int, world_size: int, shards: str) -> dict[str, Any]:
     """A rank's way from shards on disk to its first batch of 64."""
     begun = time.perf_counter()
-    from pipeline import ColorStats, ShardSet, TrainLoader
+    from pipeline import ColorStats, LoaderOptions, ShardSet, TrainLoader
 
     imported, before, cpu_s = time.perf_counter(), memory_mib(), -time.process_time()
     opened = ShardSet.open(shards)
     colors = ColorStats.load(opened.root, opened.fingerprint)
     checked = time.perf_counter()
+    options = LoaderOptions(num_threads=2)
     loader = TrainLoader(
-        opened, colors, global_batch_size=64 * world_size, rank=world_size - 1, world_size=world_size, num_threads=2
+        opened, colors, options=options, global_batch_size=64 * world_size, rank=world_size - 1, world_size=world_size
     )
     built = time.perf_counter()
     batches = iter(loader)

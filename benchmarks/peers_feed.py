@@ -8,6 +8,7 @@ Left out: the clock's rounds and the comparison of pixels (feed.py). Run by feed
 """
 # mypy: disable-error-code="import-not-found,import-untyped"
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -39,14 +40,39 @@ BYTES_OF_ENCODED = 32768
 # Ours.
 
 
-def ours(job: Job, kind: str, **options: Any) -> Batches:
+CROPS = {"dtype": "uint8", "layout": "NHWC", "flip": False, "lighting": None}
+
+
+def ours(job: Job, kind: str, *, operators: str = "", **transform: Any) -> Batches:
+    """The loader of the project that this process imports. `operators`: "stock" for DALI's instead of our own."""
+    os.environ["ALEXNET_OPERATORS"] = operators
+    import pipeline
     from pipeline import ColorStats, ShardSet, TrainLoader
 
+    if not Path(pipeline.__file__).is_relative_to(job.project):
+        raise RuntimeError(f"imported {pipeline.__file__}, expected a file of {job.project}")
     shards = ShardSet.open(job.shards[kind])
     colors = ColorStats.load(shards.root, shards.fingerprint)
-    loader = TrainLoader(shards, colors, global_batch_size=BATCH, num_threads=job.workers, seed=1, **options)
+    loader: Any
+    if hasattr(pipeline, "Transform"):
+        prepare(shards, operators)
+        loader = TrainLoader(shards, colors, pipeline.Transform(**transform), global_batch_size=BATCH, seed=1)
+    else:  # a version whose loader takes all of it as keywords
+        old: Any = TrainLoader
+        loader = old(shards, colors, global_batch_size=BATCH, seed=1, num_threads=job.workers, **transform)
     while True:
         yield from loader
+
+
+def prepare(shards: Any, operators: str) -> None:
+    """Before the clock: our operators, or what a first epoch by DALI's does besides, the checksums."""
+    from pipeline.operators import load_operators
+    from pipeline.shards import Checksums
+
+    if operators != "stock" and not load_operators():
+        raise ModuleNotFoundError("our own operators cannot be compiled here; the rows `stock` are what runs")
+    if operators == "stock" and shards.manifest.encoding == "jpeg":
+        Checksums(shards, "train").wait()
 
 
 # DALI by the book, without us.
@@ -168,8 +194,14 @@ OURS = ("alexnet-dali", "nvidia-dali-cuda120", "torch", "numpy", "numba", "simpl
 WAYS: dict[str, tuple[Callable[[Job], Batches], tuple[str, ...]]] = {
     "ours": (lambda job: ours(job, "jpeg", mean="channel"), OURS),
     "ours-mean-image": (lambda job: ours(job, "jpeg", mean="image"), OURS),
-    "ours-uint8": (lambda job: ours(job, "jpeg", dtype="uint8", layout="NHWC", flip=False, lighting=None), OURS),
+    "ours-uint8": (lambda job: ours(job, "jpeg", **CROPS), OURS),
     "ours-raw": (lambda job: ours(job, "raw", mean="channel"), OURS),
+    "stock": (lambda job: ours(job, "jpeg", operators="stock", mean="channel"), OURS),
+    "stock-uint8": (lambda job: ours(job, "jpeg", operators="stock", **CROPS), OURS),
+    "stock-raw": (lambda job: ours(job, "raw", operators="stock", mean="channel"), OURS),
+    "other": (lambda job: ours(job, "jpeg", mean="channel"), OURS),
+    "other-uint8": (lambda job: ours(job, "jpeg", **CROPS), OURS),
+    "other-raw": (lambda job: ours(job, "raw", mean="channel"), OURS),
     "dali": (lambda job: dali(job, "jpeg"), ("nvidia-dali-cuda120", "torch")),
     "dali-uint8": (lambda job: dali(job, "uint8"), ("nvidia-dali-cuda120", "torch")),
     "dali-raw": (lambda job: dali(job, "raw"), ("nvidia-dali-cuda120", "torch")),
@@ -195,6 +227,7 @@ def _make(name: str, raw: dict[str, Any]) -> Contestant:
         Samples(raw["samples"]),
         raw["shards"],
         Path(raw["out"]),
+        Path(raw["project"]),
         raw["workers"],
         np.array(raw["mean"], np.float32),
         np.array(raw["basis"], np.float32),

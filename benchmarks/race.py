@@ -98,15 +98,22 @@ def say_turns(options: argparse.Namespace) -> Callable[[int, str, float], None]:
 
 def compare_pairs(
     rows: Mapping[str, Row], pairs: Sequence[tuple[str, str]]
-) -> tuple[dict[str, dict[str, float]], list[str]]:
-    """{"left / right": ratios of rounds} of the pairs in which both have run, and a line about them, if any."""
-    compared = {
-        f"{left} / {right}": compare(rows[left].rates, rows[right].rates)
-        for left, right in pairs
-        if left in rows and right in rows and rows[left].rates and rows[right].rates
-    }
-    words = [f"{name} {p['median']:.2f} ({p['min']:.2f} to {p['max']:.2f})" for name, p in compared.items()]
-    return compared, [f"Of rounds, median (min to max): {'; '.join(words)}."] * bool(words)
+) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """{"left / right": ratios of the rounds' rates, and "cpu_ms", those of processor time an image} of the pairs in
+    which both have run, and lines about them, if any."""
+    compared: dict[str, dict[str, Any]] = {}
+    for left, right in pairs:
+        if left in rows and right in rows and rows[left].rates and rows[right].rates:
+            found = compared[f"{left} / {right}"] = compare(rows[left].rates, rows[right].rates)
+            if all(rows[right].cpu_ms):  # a turn shorter than the clock's tick has none
+                found["cpu_ms"] = compare(rows[left].cpu_ms, rows[right].cpu_ms)
+
+    def show(what: str, ratios: Mapping[str, Mapping[str, Any]]) -> str:
+        words = [f"{name} {p['median']:.2f} ({p['min']:.2f} to {p['max']:.2f})" for name, p in ratios.items()]
+        return f"{what}, ratios of rounds, median (min to max): {'; '.join(words)}."
+
+    cpu_ms = {name: pair["cpu_ms"] for name, pair in compared.items() if "cpu_ms" in pair}
+    return compared, [show(what, p) for what, p in (("Rates", compared), ("CPU time an image", cpu_ms)) if p]
 
 
 def say(text: str) -> None:

@@ -64,11 +64,13 @@ class Samples:
 
 @dataclass(frozen=True)
 class Job:
-    """samples; ours: folders of our shards ("jpeg", "raw"); out: scratch folder of this contestant; colours."""
+    """samples; shards: folders of ours ("jpeg", "raw"); out: scratch folder of this contestant; project: whose
+    `pipeline` is raced; colours."""
 
     samples: Samples
     shards: dict[str, str]
     out: Path
+    project: Path
     workers: int
     mean: NDArray[np.float32]
     basis: NDArray[np.float32]

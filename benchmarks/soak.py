@@ -74,8 +74,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--device", choices=["cpu", "gpu"], default="cpu")
-    parser.add_argument("--decode", choices=["auto", "host", "mixed", "hybrid"], default="auto")
-    parser.add_argument("--cache", choices=["raw"], default=None)
+    parser.add_argument("--decode", choices=["auto", "cpu", "mixed", "hybrid"], default="auto")
+    parser.add_argument("--cache-gib", type=float, default=0.0, help="of GPU memory for decoded images")
     parser.add_argument("--train", action="store_true", help="watch alexnet-train instead of the loaders alone")
     parser.add_argument("--ranks", type=int, default=1, help="of --train, under torchrun if more than 1")
     parser.add_argument("--width", type=float, default=1 / 16, help="of --train's net")
@@ -85,21 +85,15 @@ def parse_arguments() -> argparse.Namespace:
 
 def watch_loaders(options: argparse.Namespace) -> tuple[str, list[Reading], list[str]]:
     """What was done, and readings of this process taking batches."""
-    from pipeline import ColorStats, EvalLoader, ShardSet, TrainLoader
+    from pipeline import ColorStats, EvalLoader, LoaderOptions, ShardSet, TrainLoader
 
     shards = ShardSet.open(options.shards)
     colors = ColorStats.load(shards.root, shards.fingerprint)
     device: Any = options.device
-    train = TrainLoader(
-        shards,
-        colors,
-        global_batch_size=options.batch,
-        device=device,
-        decode=options.decode,
-        cache=options.cache,
-        num_threads=options.threads,
-    )
-    evaluation = EvalLoader(shards, colors, batch_size=options.batch, device=device, num_threads=options.threads)
+    given = LoaderOptions(decode=options.decode, cache_gib=options.cache_gib, num_threads=options.threads)
+    train = TrainLoader(shards, colors, options=given, global_batch_size=options.batch, device=device)
+    given = LoaderOptions(num_threads=options.threads)
+    evaluation = EvalLoader(shards, colors, options=given, batch_size=options.batch, device=device)
     readings: list[Reading] = []
     start_s, num_images, next_s = time.monotonic(), 0, 0.0
     for num_batch in endless(train, evaluation):
@@ -113,7 +107,7 @@ def watch_loaders(options: argparse.Namespace) -> tuple[str, list[Reading], list
             break
     what = (
         f"{num_images:,} images, {train.epoch - 1} epochs in {now_s / 60:.1f} min on {options.device}, decode "
-        f"{train.feed.decode}"
+        f"{train.spec.decode}"
     )
     return what, readings, []
 
@@ -139,7 +133,7 @@ def watch_training(options: argparse.Namespace) -> tuple[str, list[Reading], lis
             started += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "-m", "trainer"]
         flags = ["--shards", options.shards, "--runs", folder, "--name", "soak", "--recipe", "demo"]
         flags += ["--global-batch-size", str(options.batch), "--set", f"width={options.width}"]
-        flags += ["--epochs", "1000000", "--decode", options.decode, *(["--cache", "raw"] if options.cache else [])]
+        flags += ["--epochs", "1000000", "--decode", options.decode, "--cache-gib", str(options.cache_gib)]
         flags += ["--gpus", "0"] if options.device == "cpu" and options.ranks == 1 else []
         flags += [] if options.threads is None else ["--threads", str(options.threads)]
         process = subprocess.Popen(

@@ -2,8 +2,8 @@
 
     python docs/figures.py --shards clothing-shards --run runs/dropout-05 --compare runs/dropout-05 runs/dropout-0
 
-The decision that shaped it: whatever questions.md shows or states of data or a net is made here from the files named,
-the same from the same files, and printed as JSON. Left out: what training itself draws (alexnet-report).
+Whatever questions.md shows or states of data or a net is made here from the files named, the same from the same files,
+and printed as JSON. What training itself draws: alexnet-report.
 """
 
 import argparse
@@ -28,6 +28,7 @@ from pipeline.colors import ColorStats  # noqa: E402
 from pipeline.common.errors import UserError  # noqa: E402
 from pipeline.common.files import write_atomic  # noqa: E402
 from pipeline.loader import EvalLoader, TrainLoader, read_pixels  # noqa: E402
+from pipeline.options import Transform  # noqa: E402
 from pipeline.shards import ShardSet  # noqa: E402
 from trainer import checkpoint  # noqa: E402
 from trainer.drawing import BLUE, GREEN, GREY, ORANGE, VERMILION, style  # noqa: E402
@@ -128,9 +129,7 @@ def load_model(run: Path) -> AlexNet:
 
 
 def eval_loader(model: AlexNet, shards: ShardSet, colors: ColorStats, split: str) -> EvalLoader:
-    recipe = model.recipe
-    return EvalLoader(shards, colors, batch_size=BATCH, split=split, mean=recipe.mean,
-                      unit_variance=recipe.unit_variance, layout="NHWC")  # fmt: skip
+    return EvalLoader(shards, colors, model.recipe.transform(train=False), batch_size=BATCH, split=split)
 
 
 @torch.no_grad()
@@ -219,8 +218,8 @@ def drawn_shifts(shards: ShardSet, colors: ColorStats) -> dict[str, list[float]]
     """The root-mean-square colour shift a channel, in grey levels, as the training loader drew it for one epoch."""
     drawn = {}
     for kind in ("paper", "original"):
-        loader = TrainLoader(shards, colors, global_batch_size=BATCH, lighting=kind, dtype="uint8", with_draws=True)
-        shifts = torch.cat([loader.draws.shift.clone() for _ in loader])
+        loader = TrainLoader(shards, colors, Transform(lighting=kind, dtype="uint8"), global_batch_size=BATCH)
+        shifts = torch.cat([loader.draws.shift for _ in loader if loader.draws is not None])
         drawn[kind] = shifts.double().square().mean(0).sqrt().tolist()
     return drawn
 

@@ -10,16 +10,19 @@ if TYPE_CHECKING:
     from pipeline.colors import ColorStats
     from pipeline.common.errors import UserError
     from pipeline.loader import Batch, EvalLoader, TrainLoader
+    from pipeline.options import LoaderOptions, Transform
     from pipeline.shards import ShardSet
 
-__all__ = ["Batch", "ColorStats", "EvalLoader", "ShardSet", "TrainLoader", "UserError"]
+__all__ = ["Batch", "ColorStats", "EvalLoader", "LoaderOptions", "ShardSet", "TrainLoader", "Transform", "UserError"]
 
 _HOME = {
     "Batch": "pipeline.loader",
     "ColorStats": "pipeline.colors",
     "EvalLoader": "pipeline.loader",
+    "LoaderOptions": "pipeline.options",
     "ShardSet": "pipeline.shards",
     "TrainLoader": "pipeline.loader",
+    "Transform": "pipeline.options",
     "UserError": "pipeline.common.errors",
 }
 

@@ -1,8 +1,6 @@
 """What `alexnet-prep pca` learns from the training pixels: their mean, their RGB covariance, its eigenbasis.
 
-The decision that shaped it: sums are exact integers and everything derived from them is computed here, in one place, so
-the basis does not depend on the order of work, the number of threads or the device. Left out: computing the sums
-(tools/pca.py) and applying them (graph.py).
+Sums are exact integers, so that the basis does not depend on the order of work, the threads or the device.
 """
 
 import io

@@ -1,158 +1,94 @@
-"""Batches for a PyTorch loop: shuffled and augmented, for training. Evaluation and plain pixels: evalloader.py.
-
-The decision that shaped it: the epoch is ours, the samples are DALI's. Every rank's reader pads its part to the same
-number of batches, and the loader stops before the padding, so that ranks take equal steps. Left out: what is done to
-the pixels (graph.py, assemble.py, finish.py), what the options mean (feeding.py), and where shards come from
-(shards.py, readahead.py).
-"""
+"""TrainLoader, EvalLoader and read_pixels: a graph's batches as epochs for a PyTorch loop, over ranks, resumable."""
 
 import json
-from collections import deque
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from importlib.metadata import version
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.assemble import Batch, InFlight, make_assembler
-from pipeline.balance import find_host_share
-from pipeline.batches import DRAWN, NUMBERS, Batches, Drawn, read_draws
+from pipeline.batches import Batch, BatchStream, read_keys
 from pipeline.colors import ColorStats
 from pipeline.common.errors import UserError
-from pipeline.evalloader import EvalLoader, read_pixels
-from pipeline.feeding import (
-    DecodeOption,
+from pipeline.graph import (
+    DRAWS,
+    GRAPH_VERSION,
+    NUMBERS,
+    eval_graph,
+    has_own_operators,
+    pixel_graph,
+    train_graph,
+)
+from pipeline.manifest import SPLITS
+from pipeline.options import (
+    MAX_OFFSET_PX,
+    Crops,
+    Device,
+    LoaderOptions,
+    Transform,
     check_global_batch,
     check_kinds,
     check_ranks,
-    count_local_ranks,
-    count_threads,
-    make_feed,
+    make_spec,
 )
-from pipeline.finish import Transform, Views
-from pipeline.graph import GRAPH_VERSION, count_buffered, stream_seed, train_pipeline
-from pipeline.manifest import KEY_DIGITS
-from pipeline.readahead import Gate, ShardOrder
 from pipeline.shards import ShardSet
-from pipeline.threads import Job
 
 __all__ = ["Batch", "Draws", "EvalLoader", "TrainLoader", "read_pixels"]
 
-
-_FORM = ("dtype", "layout")  # of a transform: what its result is kept as changes neither samples nor draws
+_FORM = ("dtype", "layout", "size_px", "channels")  # of a transform: they change neither samples nor draws
 
 
 class Draws(NamedTuple):
-    """What was drawn for a training batch: offset (B, 2) as (y, x), flip (B,), shift (B, 3) grey levels, keys."""
+    """What was drawn for a training batch: offset int32 (B, 2) as (y, x), flip int32 (B,), shift float32 (B, 3) in grey
+    levels, keys int64 (B,); on the host."""
 
     offset: Tensor
     flip: Tensor
     shift: Tensor
-    keys: list[str]
-
-
-class _Begun(NamedTuple):
-    """A batch under way: what was drawn, its images, the graph's own memory, and DALI's state right after it."""
-
-    drawn: Drawn
-    images: Job[Tensor]
-    outputs: dict[str, Any]
-    checkpoint: bytes
+    keys: Tensor
 
 
 class TrainLoader:
     """Endless training data, an epoch per `for` loop: the part of `rank` out of `world_size`, shuffled, augmented.
 
     `len(loader)` steps an epoch on every rank; the last incomplete global batch of an epoch is dropped (other images
-    each time, since the order changes). A loop that is left early goes on where it was. `state_dict()` between any two
-    batches, loaded into a loader made with the same arguments, gives the same remaining batches: identical bits on the
-    CPU, the same samples and draws on a GPU.
+    each time, since the order changes). All loops share one stream: a loop that is left early, in whatever way, is gone
+    on with by the next one, and two at a time get different batches. After the last batch of an epoch the next loop
+    begins the next epoch. `state_dict()` between any two batches, loaded into a loader made with the same arguments,
+    gives the same remaining batches: identical bits on the CPU, the same samples and draws on a GPU.
 
-    `global_batch_size` is the sum over ranks. `device` "cpu" or "gpu" (the current CUDA device). `mean`, `lighting`,
-    `crop`, `flip`, `unit_variance`, `dtype`, `layout`: see finish.Transform. `with_draws` keeps the latest batch's
-    random draws in `loader.draws`.
-
-    `decode`, of JPEG shards: "host" (the cores), "mixed" (the GPU), "hybrid" (both, `host_share` of each batch on the
-    cores; None: found by timing both), "auto" (hybrid on a GPU, else host). `hw_decoder_load`: of what the GPU decodes,
-    the share of its JPEG engine. `cache` "raw": decode once, then feed from memory, the GPU's if the images fit there.
-    `num_local_ranks`: ranks that share this machine's cores and memory (default: LOCAL_WORLD_SIZE, or all).
-    `num_threads`: of each rank (default: its share of the cores). `prefetch_batches`: decoded ahead. None of these
-    changes the samples or the draws. Raises UserError for values that do not fit.
+    `global_batch_size` is the sum over ranks; `device` "cpu" or "gpu" (the current CUDA device). `draws` and `keys` are
+    those of the latest batch. Raises UserError for values that do not fit.
     """
 
     def __init__(
         self,
         shards: ShardSet,
         colors: ColorStats,
+        transform: Transform = Transform(),
+        options: LoaderOptions = LoaderOptions(),
         *,
         global_batch_size: int = 128,
         rank: int = 0,
         world_size: int = 1,
-        device: Literal["cpu", "gpu"] = "cpu",
-        decode: DecodeOption = "auto",
-        host_share: float | None = None,
-        hw_decoder_load: float = 0.9,
-        cache: Literal["raw"] | None = None,
-        mean: str = "image",
-        lighting: str | None = "paper",
-        crop: bool = True,
-        flip: bool = True,
-        unit_variance: bool = False,
-        dtype: str = "float32",
-        layout: str = "NCHW",
+        device: Device = "cpu",
         seed: int = 0,
-        num_threads: int | None = None,
-        num_local_ranks: int | None = None,
-        prefetch_batches: int = 2,
-        with_draws: bool = False,
     ) -> None:
         check_kinds(shards, colors, global_batch_size=global_batch_size, rank=rank, world_size=world_size, seed=seed)
         check_ranks(rank, world_size)
         check_global_batch(shards, global_batch_size, world_size)
-        if cache not in (None, "raw"):
-            raise UserError(f"cache {cache!r}: expected 'raw' or None")
-        num_local_ranks = num_local_ranks or count_local_ranks(world_size)
         self.local_batch_size = global_batch_size // world_size
-        self.epoch = 1
-        self.draws: Draws | None = None
-        self.keys = torch.zeros(0, dtype=torch.int64)  # of the latest batch, on the CPU
-        self._step = 0
-        self._num_steps = shards.num_samples("train") // global_batch_size
-        self._shards, self._with_draws = shards, with_draws
-        transform = Transform(mean, lighting, crop, flip, unit_variance, dtype, layout)
-        feed = make_feed(
-            shards,
-            "train",
-            batch_size=self.local_batch_size,
-            rank=rank,
-            world_size=world_size,
-            device=device,
-            num_threads=count_threads(num_local_ranks) if num_threads is None else num_threads,
-            decode=decode,
-            automatic="hybrid",
-            cached=cache is not None,
-            host_share=host_share,
-            hw_decoder_load=hw_decoder_load,
-            prefetch_batches=prefetch_batches,
+        self.spec = spec = make_spec(
+            shards, "train", options, batch_size=self.local_batch_size, device=device, rank=rank, world_size=world_size,
             seed=seed,
-        )
-        if feed.decode == "hybrid" and host_share is None:
-            feed = replace(feed, host_share=find_host_share(shards, feed))
-        self.feed = feed
-        self._assemble = make_assembler(
-            shards, colors, transform, feed, cropped=True, cached=cache is not None, num_local_ranks=num_local_ranks
-        )
-        self._gate = Gate(
-            shards,
-            ShardOrder(len(shards.shards("train")), stream_seed(seed, "shards")),
-            batch_size=self.local_batch_size,
-            buffer=count_buffered(shards, feed),
-            prefetch_batches=prefetch_batches,
-            rank=rank,
-            world_size=world_size,
-        )
+        )  # fmt: skip
+        self.transform, self._shards = transform, shards
+        self._num_steps = shards.num_samples("train") // global_batch_size
         self._signature = {
             "DALI version": version("nvidia-dali-cuda120"),
             "graph": GRAPH_VERSION,
@@ -162,76 +98,73 @@ class TrainLoader:
             "rank": rank,
             "seed": seed,
             "device": device,
-            "decoder": feed.decode,
+            "decoder": f"{spec.decode}, " + ("our own operators" if has_own_operators(spec) else "DALI's operators"),
             "transform": {name: value for name, value in asdict(transform).items() if name not in _FORM},
         }
-        self._in_flight = InFlight(feed)
-        self._source = torch.arange(self.local_batch_size)
-        self._basis = torch.from_numpy(colors.lighting_basis(lighting)).float() if lighting else None
-        self._ahead: deque[_Begun] = deque()
-        self._start = lambda checkpoint=None, num_taken=0: Batches(
-            train_pipeline(shards, transform, feed, checkpoint=checkpoint),
-            shards,
-            feed,
-            NUMBERS + DRAWN,
-            num_taken=num_taken,
-        )
-        self._batches: Batches = self._start()
-        self._checkpoint = self._batches.checkpoint()
+        shards.fetch("train")
+        self._basis = transform.constants(colors).basis
+
+        def start(checkpoint: bytes | None = None, num_taken: int = 0) -> BatchStream:
+            graph = train_graph(shards, colors, transform, spec, checkpoint=checkpoint)
+            return BatchStream(graph, (*NUMBERS, *DRAWS), shards, spec, self._num_steps, num_taken)
+
+        self._start = start
+        self._stream, self._at = start(), _Place(1, 0)
 
     def __len__(self) -> int:
         return self._num_steps
 
     @property
+    def epoch(self) -> int:
+        """The epoch, from 1, that the latest batch is of, or the next where no batch of one was given yet."""
+        return self._at.epoch
+
+    @property
     def step(self) -> int:
         """Batches given so far in this epoch."""
-        return self._step
+        return self._at.step
+
+    @property
+    def keys(self) -> Tensor:
+        """Of the latest batch: int64 (B,), on the host."""
+        latest = self._at.latest
+        return torch.empty(0, dtype=torch.int64, device="cpu") if latest is None else read_keys(latest.numbers)
+
+    @property
+    def draws(self) -> Draws | None:
+        """What was drawn for the latest batch; None before the first."""
+        latest = self._at.latest
+        if latest is None:
+            return None
+        numbers = latest.numbers
+        offset = np.stack([numbers["y"], numbers["x"]], axis=-1) * MAX_OFFSET_PX  # whole numbers already
+        noise = torch.from_numpy(numbers["noise"])
+        shift = torch.zeros_like(noise)
+        if self._basis is not None:
+            shift = (noise[:, None, :] * torch.from_numpy(self._basis)).sum(-1)
+        return Draws(torch.from_numpy(offset.astype(np.int32)), torch.from_numpy(numbers["flip"]), shift, self.keys)
 
     def __iter__(self) -> Iterator[Batch]:
-        while self._step < self._num_steps:
-            while self._can_begin():
-                self._ahead.append(self._begin())
-            begun = self._ahead.popleft()
-            images, (labels, keys, offset, flip, shift) = begun.images.result(), begun.drawn
-            self._step += 1
-            self._checkpoint = begun.checkpoint
-            self.keys = keys
-            if self._with_draws:
-                self.draws = Draws(offset, flip, shift, [f"{key:0{KEY_DIGITS}d}" for key in keys.tolist()])
-            labels = labels.to(images.device, non_blocking=True)
-            self._in_flight.hold(begun)
-            del begun  # DALI's memory is free again while the loop has the batch
-            yield Batch(images, labels)
-        self._finish_epoch()
+        if self._at.step == self._num_steps:
+            self.end_epoch()
+        return _Epoch(self)
 
-    def _can_begin(self) -> bool:
-        """Whether another batch should be begun now: one is needed, those after it must not be waited for."""
-        step = self._step + len(self._ahead)
-        if step == self._num_steps or len(self._ahead) > self.feed.num_ahead:
-            return False
-        return not self._ahead or self._gate.is_open(self.epoch, step)
-
-    def _begin(self) -> _Begun:
-        self._gate.wait(self.epoch, self._step + len(self._ahead))
-        outputs = self._batches.take()
-        drawn = read_draws(outputs, self._basis)
-        views = Views(self._source, drawn.offset, drawn.flip, drawn.shift)
-        return _Begun(drawn, self._assemble(outputs, drawn.keys, views, 1), outputs, self._batches.checkpoint())
-
-    def _finish_epoch(self) -> None:
-        self._batches.finish_epoch()  # at most one batch is left: the incomplete one
-        self._shards.check("train")  # an epoch of replaced shards does not count
-        self._checkpoint = self._batches.checkpoint()
-        self.epoch += 1
-        self._step = 0
+    def end_epoch(self) -> None:
+        """Go on to the next epoch, as a loop does behind its last batch. Raises UserError if shards were replaced or
+        damaged in this one."""
+        self._stream.check()
+        self._at = _Place(self._at.epoch + 1, 0, self._at.latest)
 
     def state_dict(self) -> dict[str, Any]:
         """Where this rank is: plain strings and integers, to be given to `load_state_dict` on the same rank."""
+        latest = self._at.latest
+        checkpoint, num_taken = self._stream.first_state if latest is None else latest.state
         return {
-            "epoch": self.epoch,
-            "step": self._step,
+            "epoch": self._at.epoch,
+            "step": self._at.step,
+            "taken": num_taken,
             "signature": json.dumps(self._signature, sort_keys=True),
-            "dali": self._checkpoint.hex(),
+            "dali": checkpoint.hex(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -253,14 +186,166 @@ class TrainLoader:
                     f"the loader's state was saved with {name} {saved.get(name)}, this one has {here}; "
                     "resume with the same settings, or start a new run"
                 )
-        self._gate.wait(epoch, step)  # DALI reads its shuffle buffer again at once
         try:
-            batches = self._start(checkpoint, step)
-        except RuntimeError as error:
+            stream = self._start(checkpoint, int(state["taken"]))
+        except (RuntimeError, KeyError, TypeError, ValueError) as error:
             raise UserError(
                 f"DALI cannot go on from the loader's state ({' '.join(str(error).split())[:200]}); resume from "
                 "another checkpoint, or start a new run"
             ) from error
-        while self._ahead:
-            self._ahead.popleft().images.wait()  # they write to memory that is used again
-        self._batches, self._checkpoint, self.epoch, self._step = batches, checkpoint, epoch, step
+        self._stream, self._at = stream, _Place(epoch, step)
+
+
+class _Latest(NamedTuple):
+    """Of the batch given last: numbers, the graph's state behind it; on a GPU its memory, until the next is given."""
+
+    numbers: dict[str, NDArray[Any]]
+    state: tuple[bytes, int]
+    images: Any
+
+
+class _Place(NamedTuple):
+    """Where a training loader is: epoch from 1, batches given in it, and the latest of them."""
+
+    epoch: int
+    step: int
+    latest: _Latest | None = None
+
+
+class _Epoch(Iterator[Batch]):
+    """What is left of a training loader's epoch; over when that epoch is, whoever took its batches."""
+
+    def __init__(self, loader: TrainLoader) -> None:
+        self._loader, self._epoch = loader, loader.epoch
+
+    def __next__(self) -> Batch:
+        loader, before = self._loader, self._loader._at
+        if before.epoch != self._epoch:
+            raise StopIteration
+        if before.step == len(loader):
+            loader.end_epoch()
+            raise StopIteration
+        taken = loader._stream.peek()
+        batch = taken.to_batch(loader.spec, loader.transform)
+        try:
+            held = taken.images if loader.spec.device == "gpu" else None
+            loader._at = _Place(before.epoch, before.step + 1, _Latest(taken.numbers, taken.state, held))
+            loader._stream.pop()
+            return batch
+        except BaseException:  # a signal's, just now: what was not delivered is not consumed
+            loader._stream.put_back(taken)
+            loader._at = before
+            raise
+
+
+class EvalLoader:
+    """Every image of a split exactly once over all ranks, in order, `len(loader)` steps on every rank.
+
+    `crops`: "centre" or "ten" (four corners and the centre, then their mirror images); the transform's own crop, flip
+    and lighting are for training alone. A rank may get fewer images, or none, in its last batches: it still gets a
+    batch, so that it joins every reduction. Each loop goes from the start to the end, beside others too. `keys`: of the
+    batch given last, int64 (B,) on the host. Raises UserError for values that do not fit and a split without images.
+    """
+
+    def __init__(
+        self,
+        shards: ShardSet,
+        colors: ColorStats,
+        transform: Transform = Transform(),
+        options: LoaderOptions = LoaderOptions(),
+        *,
+        batch_size: int = 128,
+        crops: Crops = "centre",
+        split: str = "val",
+        rank: int = 0,
+        world_size: int = 1,
+        device: Device = "cpu",
+    ) -> None:
+        check_kinds(shards, colors, batch_size=batch_size, rank=rank, world_size=world_size)
+        check_ranks(rank, world_size)
+        if batch_size < 1:
+            raise UserError(f"batch size {batch_size}: expected 1 or more")
+        if crops not in ("centre", "ten"):
+            raise UserError(f"crops {crops!r}: expected 'centre' or 'ten'")
+        num_samples = shards.num_samples(split) if split in SPLITS else 0
+        num_parts = max(1, min(world_size, num_samples))  # DALI needs a sample for each part; other ranks get none
+        self.spec = spec = make_spec(
+            shards, split, options, batch_size=batch_size, device=device, rank=rank, world_size=num_parts
+        )
+        if not num_samples:
+            raise UserError(f"{shards.root}: no {split} images; add a {split}/ folder to the source and shard it again")
+        self.transform = transform = replace(transform, lighting=None, crop=False, flip=False)
+        self._views = (10,) if crops == "ten" else ()
+        self._num_steps = math.ceil(math.ceil(num_samples / num_parts) / batch_size)
+        self._num_images = 0
+        self.keys = torch.empty(0, dtype=torch.int64, device="cpu")
+        if rank < num_parts:
+            shards.fetch(split)
+            self._num_images = num_samples * (rank + 1) // num_parts - num_samples * rank // num_parts
+
+        def start() -> BatchStream:
+            graph = eval_graph(shards, colors, transform, spec, crops)
+            return BatchStream(graph, NUMBERS, shards, spec, self._num_steps)
+
+        self._start = start
+        self._idle = start() if self._num_images else None  # at the start of an epoch
+
+    def __len__(self) -> int:
+        return self._num_steps
+
+    def __iter__(self) -> Iterator[Batch]:
+        if not self._num_images:
+            return iter([self._make_empty() for _ in range(self._num_steps)])
+        stream, self._idle = self._idle or self._start(), None
+        return _Pass(self, stream)
+
+    def _make_empty(self) -> Batch:
+        transform, on = self.transform, "cuda" if self.spec.device == "gpu" else "cpu"
+        shape = (0, *self._views, transform.channels, transform.size_px, transform.size_px)
+        images = torch.empty(shape, dtype=transform.torch_dtype, device=on)
+        return Batch(images, torch.empty(0, dtype=torch.int64, device=on))
+
+
+class _Pass(Iterator[Batch]):
+    """One loop over an evaluation loader. Its stream serves the next loop if this one comes to its end."""
+
+    def __init__(self, loader: EvalLoader, stream: "BatchStream") -> None:
+        self._loader, self._stream, self._step, self._is_over = loader, stream, 0, False
+
+    def __next__(self) -> Batch:
+        loader, step = self._loader, self._step
+        if step == len(loader):
+            if not self._is_over:
+                self._stream.check()  # errors counted on damaged shards are not told
+                loader._idle, self._is_over = self._stream, True
+            raise StopIteration
+        num_left = max(0, loader._num_images - step * loader.spec.batch_size)
+        taken = self._stream.peek()
+        batch = taken.to_batch(loader.spec, loader.transform, num_left)
+        try:
+            loader.keys, self._step = read_keys(taken.numbers)[:num_left], step + 1
+            self._stream.pop()
+            return batch
+        except BaseException:
+            self._stream.put_back(taken)
+            self._step = step
+            raise
+
+
+def read_pixels(
+    shards: ShardSet,
+    *,
+    split: str = "train",
+    batch_size: int = 64,
+    device: Device = "cpu",
+    num_threads: int | None = None,
+) -> Iterator[Batch]:
+    """Every stored image of a split once, in order, unchanged: images uint8 (B, 256, 256, 3) RGB, labels int64 (B,)."""
+    spec = make_spec(shards, split, LoaderOptions(num_threads=num_threads), batch_size=batch_size, device=device)
+    shards.fetch(split)
+    num_steps = math.ceil(shards.num_samples(split) / batch_size)
+    stream = BatchStream(pixel_graph(shards, spec), NUMBERS, shards, spec, num_steps)
+    for step in range(num_steps):
+        yield stream.peek().to_batch(spec, None, shards.num_samples(split) - step * batch_size)
+        stream.pop()
+    stream.check()

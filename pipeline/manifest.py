@@ -1,8 +1,6 @@
 """The contract on disk: what the manifest of a folder of shards says, and the constants of the files beside it.
 
-The decision that shaped it: the manifest is the completion mark. It is written last, atomically, and names every
-shard with its size and checksum; a folder without one is unfinished, whatever else lies in it. Whatever is read from a
-file is checked here before anybody uses it. Left out: the folder itself (shards.py). Standard library only.
+The manifest is written last, atomically: a folder without one is unfinished. Standard library only.
 """
 
 import re

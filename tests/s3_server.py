@@ -33,7 +33,8 @@ Application = Callable[[Environ, Callable[..., Any]], Iterable[bytes]]
 
 @dataclass
 class Fault:
-    """Answer `times` requests of `method` whose path contains `path` with an error status, or a cut or changed body."""
+    """Answer `times` requests of `method` whose path contains `path` (and whose Range header contains `part`) with an
+    error status, or a cut or changed body."""
 
     path: str
     # An HTTP status of _ERRORS, "cut" (half the body, then the connection closes), "flip" (a byte) or "hold" (no answer
@@ -41,7 +42,12 @@ class Fault:
     kind: int | str
     times: int
     method: str = "GET"
+    part: str = ""
+    reached: threading.Event = field(default_factory=threading.Event)  # a request is held
     released: threading.Event = field(default_factory=threading.Event)
+
+    def meets(self, method: str, path: str, part: str) -> bool:
+        return bool(self.times) and self.method == method and self.path in path and self.part in part
 
 
 @dataclass
@@ -54,13 +60,14 @@ class Switch:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __call__(self, environ: Environ, start_response: Callable[..., Any]) -> Iterable[bytes]:
-        method, path = environ["REQUEST_METHOD"], environ["PATH_INFO"]
+        request = environ["REQUEST_METHOD"], environ["PATH_INFO"], environ.get("HTTP_RANGE", "")
         with self.lock:
-            self.requests.append((method, path, environ.get("HTTP_RANGE", "")))
-            fault = next((f for f in self.faults if f.times and f.method == method and f.path in path), None)
+            self.requests.append(request)
+            fault = next((fault for fault in self.faults if fault.meets(*request)), None)
             if fault:
                 fault.times -= 1
         if fault is not None and fault.kind == "hold":
+            fault.reached.set()
             fault.released.wait()
             fault = None if fault.kind == "hold" else fault
         if fault is None:
@@ -91,9 +98,9 @@ class Bucket:
     def requests(self) -> list[tuple[str, str, str]]:
         return self.switch.requests
 
-    def fail(self, path: str, kind: int | str, times: int = 10**9, method: str = "GET") -> Fault:
+    def fail(self, path: str, kind: int | str, times: int = 10**9, method: str = "GET", part: str = "") -> Fault:
         """Let the next `times` requests whose path contains `path` fail; see Fault. `.times` of it counts down."""
-        fault = Fault(path, kind, times, method)
+        fault = Fault(path, kind, times, method, part)
         self.switch.faults.append(fault)
         return fault
 

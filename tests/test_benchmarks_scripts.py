@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipeline.operators import load_operators
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -65,18 +67,25 @@ def test_feeding_is_timed_with_the_peers_there_are_and_the_others_are_named(synt
     report = tmp_path / "feed.json"
     text = run_script(
         "feed.py", synth_tree / "train", "--images", 128, "--rounds", 2, "--workers", 1, "--seconds", 0.2, "--skip", 1,
-        "--only", "ours,ours-uint8,ours-raw,dali,dali-raw,dataloader,webdataset,ffcv", "--json", report,
-        "--scratch", tmp_path / "scratch",
+        "--only", "ours,ours-uint8,ours-raw,stock,stock-uint8,stock-raw,other,other-uint8,other-raw,dali,dali-raw,"
+        "dataloader,webdataset,ffcv", "--against", ROOT, "--json", report, "--scratch", tmp_path / "scratch",
     )  # fmt: skip
     document = json.loads(report.read_text(encoding="utf-8"))
     rows = {row["name"]: row for row in document["contestants"]}
-    for name in rows.keys() - {"ffcv"}:
+    own = {f"{name}{kind}" for name in ("ours", "other") for kind in ("", "-uint8", "-raw")}
+    for name in rows.keys() - {"ffcv"} - (set() if load_operators() else own):
         assert rows[name]["state"] == "ok", rows[name]
         assert rows[name]["ratio"]["n"] == 2 and rows[name]["mean_error"] < 1.0
+    if not load_operators():
+        assert all("our own operators cannot be compiled" in rows[name]["state"] for name in own)
+        return
     assert document["base"] == "dali" and rows["dali"]["ratio"]["median"] == 1.0
     if not is_installed("ffcv"):
         assert rows["ffcv"]["state"].startswith("not installed: ") and "| ffcv: FFCV" in text
     assert "mean JPEG bytes" in text
+    for pair in ("ours / stock", "ours-raw / stock-raw", "ours / other", "ours-uint8 / other-uint8"):
+        assert document["pairs"][pair]["n"] == document["pairs"][pair]["cpu_ms"]["n"] == 2
+        assert f"{pair} " in text
 
 
 @pytest.mark.parametrize(
@@ -87,6 +96,8 @@ def test_feeding_is_timed_with_the_peers_there_are_and_the_others_are_named(synt
         ("prepare.py", ["--workers", "1000"], "--workers 1000: expected 1 to"),
         ("feed.py", ["--images", "5"], "--images 5: expected a batch"),
         ("feed.py", ["--base", "nobody"], "--base nobody: no such contestant"),
+        ("feed.py", ["--against", "nowhere"], "--against nowhere: no pipeline/loader.py in it"),
+        ("feed.py", ["--only", "other"], "--only other: no such contestant"),
     ],
 )
 def test_wrong_arguments_are_refused_in_a_line(script, arguments, complaint):
@@ -243,16 +254,60 @@ def test_kinds_are_known_and_every_entry_has_a_way(scripts):
     import step
 
     assert sorted(entry.name for entry in prepare.ENTRIES) == sorted(peers_prepare.WAYS)
-    assert sorted(entry.name for entry in feed.ENTRIES) == sorted(peers_feed.WAYS)
+    raced = [*feed.ENTRIES, *feed.AGAINST]
+    assert sorted(entry.name for entry in raced) == sorted(peers_feed.WAYS)
     assert sorted(entry.name for entry in step.ENTRIES) == sorted(peers_step.WAYS)
     assert {name for pair in step.PAIRS for name in pair} <= {entry.name for entry in step.ENTRIES}
-    assert {entry.kind for entry in (*prepare.ENTRIES, *feed.ENTRIES, *step.ENTRIES)} == {
+    assert {entry.kind for entry in (*prepare.ENTRIES, *raced, *step.ENTRIES)} == {
         "ours",
         "peer",
         "control",
         "limit",
     }
-    assert {name for pair in feed.PAIRS for name in pair} <= {entry.name for entry in feed.ENTRIES}
+    assert {name for pair in feed.PAIRS for name in pair} <= {entry.name for entry in raced}
+
+
+OF_BEFORE = """
+class ShardSet:
+    root, fingerprint = "here", "f"
+    @classmethod
+    def open(cls, root): return cls()
+class ColorStats:
+    @staticmethod
+    def load(root, fingerprint): return "colours"
+class TrainLoader:
+    def __init__(self, shards, colors, *, global_batch_size, seed, num_threads, mean="image", dtype="float32"):
+        self.given = [colors, global_batch_size, num_threads, mean, dtype]
+    def __iter__(self):
+        yield self.given, "labels"
+"""
+RACE_IT = """
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+import peers_feed
+job = SimpleNamespace(project=Path(sys.argv[1]), shards={"jpeg": "here"}, workers=3)
+batches = peers_feed.ours(job, "jpeg", mean="channel", dtype="uint8")
+print(next(batches) == next(batches), *next(batches)[0])
+"""
+
+
+def test_a_version_whose_loader_takes_keywords_can_be_raced_and_no_other_is_raced_for_it(scripts, tmp_path):
+    (tmp_path / "before" / "pipeline").mkdir(parents=True)
+    (tmp_path / "before" / "pipeline" / "__init__.py").write_text(OF_BEFORE, encoding="utf-8")
+
+    def race(project):
+        return subprocess.run(
+            [sys.executable, "-c", RACE_IT, project],
+            env={**os.environ, "PYTHONPATH": f"{scripts}{os.pathsep}{tmp_path / 'before'}"},
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=tmp_path,
+        )
+
+    assert race(tmp_path / "before").stdout.split() == ["True", "colours", "128", "3", "channel", "uint8"]
+    assert f"__init__.py, expected a file of {ROOT}" in race(ROOT).stderr
 
 
 def test_a_slope_is_that_of_the_later_readings_and_the_error_covers_noise(scripts):
@@ -306,5 +361,5 @@ def test_a_soak_says_what_it_held_and_fails_above_its_limit(ready_shards, limit,
         cwd=ROOT,
     )
     assert done.returncode == status, done.stderr
-    assert "epochs in 0.0 min on cpu, decode host: resident memory" in done.stdout
+    assert "epochs in 0.0 min on cpu, decode cpu: resident memory" in done.stdout
     assert ("memory, open files or threads grow" in done.stderr) == (status == 1)

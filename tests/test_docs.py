@@ -37,6 +37,16 @@ def test_every_row_of_the_paper_has_its_place_and_its_test():
     assert [row[0] for row in rows if len(row) != 6 or not row[4].strip() or not row[5].strip()] == []
 
 
+def test_each_name_behind_a_place_in_the_paper_is_defined_there():
+    text, checked = (ROOT / "docs" / "paper.md").read_text(), 0
+    for place, names in re.findall(r"`([\w/]+\.py)`: ((?:`\w+`(?:, )?)+)", text):
+        source = (ROOT / place).read_text()
+        for name in re.findall(r"\w+", names):
+            assert re.search(rf"^(?: *(?:def|class) {name}\b|{name}\b.* = )", source, re.MULTILINE), f"{place}: {name}"
+            checked += 1
+    assert checked >= 12
+
+
 def test_the_errors_to_be_measured_against_are_those_that_commands_print():
     from trainer.tables import PUBLISHED
 

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from pipeline.colors import ColorStats
+from pipeline.options import Transform
 from pipeline.shards import ShardSet
 from tests import oracle
 from trainer import checkpoint
@@ -137,7 +138,8 @@ def test_the_last_epoch_is_stated_beside_the_error_without_noise(figures, made, 
 
     shards = ShardSet.open(ready_shards)
     colors = ColorStats.load(shards.root, shards.fingerprint)
-    ((images, labels),) = EvalLoader(shards, colors, batch_size=64, split="train", mean="channel", unit_variance=True)
+    transform = Transform(mean="channel", unit_variance=True)
+    ((images, labels),) = EvalLoader(shards, colors, transform, batch_size=64, split="train")
     with torch.no_grad():
         wrong = (figures.load_model(runs[1])(images).argmax(dim=1) != labels).double().mean()
     found = made[0]["runs"]

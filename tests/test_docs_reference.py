@@ -61,7 +61,9 @@ def test_the_loaders_own_package_is_documented_without_a_complaint(tmp_path):
     done = generate(ROOT, "pipeline", tmp_path / "site")
     assert (done.returncode, done.stderr) == (0, "")
     page = (tmp_path / "site" / "pipeline.html").read_text()
-    for name in ("TrainLoader", "EvalLoader", "ShardSet", "ColorStats"):
+    for name in ("TrainLoader", "EvalLoader", "ShardSet", "ColorStats", "Transform", "LoaderOptions"):
         assert f'id="{name}"' in page
-    modules = {path.stem for path in (ROOT / "pipeline").glob("*.py")} - {"__init__"}
-    assert {path.stem for path in (tmp_path / "site" / "pipeline").glob("*.html")} == modules
+    sources = {path.relative_to(ROOT / "pipeline").with_suffix("") for path in (ROOT / "pipeline").rglob("*.py")}
+    modules = {path.parent if path.name == "__init__" else path for path in sources} - {Path()}
+    pages = tmp_path / "site" / "pipeline"
+    assert {path.relative_to(pages).with_suffix("") for path in pages.rglob("*.html")} == modules

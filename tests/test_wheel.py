@@ -66,7 +66,14 @@ def test_every_file_of_the_packages_is_in_the_wheel(wheel):
         for path in (ROOT / package).rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
     }
-    assert {"pipeline/decode.c", "pipeline/finish.c", "trainer/native.c", "pipeline/images/ilsvrc2012.txt"} <= wanted
+    assert {
+        "pipeline/operators/plugin.cc",
+        "pipeline/operators/decode.c",
+        "pipeline/operators/finish.c",
+        "pipeline/operators/cuda/cuda_runtime_api.h",
+        "trainer/native.c",
+        "pipeline/images/ilsvrc2012.txt",
+    } <= wanted
     assert wanted - inside == LEFT_OUT
     assert not any(name.startswith(("tests/", "benchmarks/", "docs/")) for name in inside)
 
@@ -90,6 +97,21 @@ def test_each_command_of_an_installed_wheel_answers(installed, script, tmp_path)
             [str(installed / script), flag], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60
         )
         assert (done.returncode, done.stderr) == (0, "") and sign in done.stdout
+
+
+def test_an_installed_wheel_compiles_its_own_operators(installed, tmp_path):
+    from pipeline.operators import load_operators
+
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    program = "import pipeline.operators as found; print(found.__file__, found.load_operators())"
+    done = subprocess.run(
+        [str(installed / "python"), "-c", program],
+        cwd=tmp_path, env={**environment, "XDG_CACHE_HOME": str(tmp_path / "cache")}, check=True, capture_output=True,
+        text=True, timeout=120,
+    )  # fmt: skip
+    place, is_loaded = done.stdout.split()
+    assert place.startswith(str(installed.parent)) and is_loaded == str(load_operators())
+    assert len(list((tmp_path / "cache").rglob("*.so"))) == load_operators(), done.stderr
 
 
 def test_an_installed_wheel_makes_shards_by_its_own_files(installed, tmp_path):

@@ -210,6 +210,7 @@ def pca(shards: str, device: str, threads: int | None, as_json: bool) -> None:
     from pipeline.shards import ShardSet
 
     opened = ShardSet.open(shards)  # before the imports below, which take seconds
+    opened.fetch("train")
     from tools.engines import count_cpus
     from tools.pca import compute
 

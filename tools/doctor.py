@@ -89,40 +89,51 @@ def _is_installed(module: str) -> bool:
 
 
 def probe_dali(where: str) -> Facts:
-    """DALI's version, the codecs beside it, and which decoders really decode a JPEG ("cpu", with a GPU "mixed")."""
+    """DALI's version, the codecs beside it, which decoders really decode a JPEG ("cpu", with a GPU "mixed"), whether
+    the GPU's left it to the CPU, and whether our own operators can be compiled."""
     from nvidia import nvimgcodec
 
+    from pipeline.operators import load_operators
+
     jpeg, pixels = make_jpeg()
-    decoded = {
-        device: _try_decoding(device, jpeg, pixels) for device in (["cpu", "mixed"] if where == "gpu" else ["cpu"])
-    }
+    devices = ["cpu", "mixed"] if where == "gpu" else ["cpu"]
+    found = {device: _try_decoding(device, jpeg, pixels) for device in devices}
     folder = Path(nvimgcodec.__path__[0]) / "extensions"
     names = sorted({file.name.split(".")[0].removeprefix("lib").removesuffix("_ext") for file in folder.glob("*.so*")})
     return {
         "version": version("nvidia-dali-cuda120"),
         "nvimgcodec": nvimgcodec.__version__,
         "extensions": names,
-        "decoded": decoded,
+        "decoded": {device: said if isinstance(said, str) else None for device, said in found.items()},
+        "fell_back": where == "gpu" and fell_back(found["cpu"], found["mixed"]),
+        "operators": load_operators(),
         "hardware": _has_hardware_decoder(jpeg) if where == "gpu" else None,
     }
 
 
 def make_jpeg() -> "tuple[bytes, NDArray[np.uint8]]":
-    """A small smooth picture, as JPEG and as pixels (64, 64, 3)."""
+    """A small picture, smooth with a grain that no two decoders round alike, as JPEG and as pixels (64, 64, 3)."""
     import io
 
     import numpy as np
     from PIL import Image
 
-    y, x = np.mgrid[0:_JPEG_SIZE_PX, 0:_JPEG_SIZE_PX] * (255.0 / _JPEG_SIZE_PX)
-    pixels = np.stack([x, y, (x + y) / 2], axis=-1).astype(np.uint8)
+    y, x = np.mgrid[0:_JPEG_SIZE_PX, 0:_JPEG_SIZE_PX] * (250.0 / _JPEG_SIZE_PX)
+    grain = np.random.default_rng(0).integers(0, 5, (_JPEG_SIZE_PX, _JPEG_SIZE_PX, 3))
+    pixels = (np.stack([x, y, (x + y) / 2], axis=-1) + grain).astype(np.uint8)
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "JPEG", quality=95)
     return file.getvalue(), pixels
 
 
-def _try_decoding(device: str, jpeg: bytes, pixels: "NDArray[np.uint8]") -> str | None:
-    """None if DALI's decoder on `device` gives the picture back, else what went wrong."""
+def fell_back(cpu: "NDArray[np.uint8] | str", mixed: "NDArray[np.uint8] | str") -> bool:
+    """Whether pixels of the GPU's decoder are the CPU's to the bit: DALI hands over to the CPU without a word, and two
+    decoders do not round alike."""
+    return not isinstance(cpu, str) and not isinstance(mixed, str) and bool((cpu == mixed).all())
+
+
+def _try_decoding(device: str, jpeg: bytes, pixels: "NDArray[np.uint8]") -> "NDArray[np.uint8] | str":
+    """The picture as DALI's decoder on `device` gives it back, or what went wrong."""
     import numpy as np
     from nvidia.dali import fn, types
     from nvidia.dali.pipeline import Pipeline
@@ -141,7 +152,7 @@ def _try_decoding(device: str, jpeg: bytes, pixels: "NDArray[np.uint8]") -> str 
     if decoded.shape != pixels.shape:
         return f"decoded to shape {decoded.shape}, expected {pixels.shape}"
     difference = float(np.abs(decoded.astype(np.int64) - pixels).mean())
-    return None if difference <= _LARGEST_DIFFERENCE else f"decoded pixels are {difference:.1f} grey levels off"
+    return decoded if difference <= _LARGEST_DIFFERENCE else f"decoded pixels are {difference:.1f} grey levels off"
 
 
 def _has_hardware_decoder(jpeg: bytes) -> bool:

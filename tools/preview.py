@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from pipeline.colors import ColorStats
 from pipeline.common.errors import UserError
 from pipeline.loader import TrainLoader, read_pixels
-from pipeline.manifest import CLS_DIGITS, Shard, index_header
+from pipeline.manifest import CLS_DIGITS, KEY_DIGITS, Shard, index_header
+from pipeline.options import LoaderOptions
 from pipeline.shards import ShardSet
 
 BLOCK_BYTES = 512
@@ -97,18 +98,20 @@ def draw_samples(
 
 def _draw_views(shards: ShardSet, colors: ColorStats, num_draws: int, seed: int) -> Iterator[tuple[str, View]]:
     num_samples = shards.num_samples("train")
-    loader = TrainLoader(shards, colors, global_batch_size=num_samples, seed=seed, num_threads=1, with_draws=True)
+    loader = TrainLoader(shards, colors, options=LoaderOptions(num_threads=1), global_batch_size=num_samples, seed=seed)
     edge = (colors.mean_image.shape[0] - _CROP_PX) // 2
     mean = colors.mean_image[edge : edge + _CROP_PX, edge : edge + _CROP_PX]
     for _ in range(num_draws):
         for images, _ in loader:
             draws = loader.draws
-            if draws is None:  # asked for above
-                raise RuntimeError("the loader kept no draws")
-            for number, key in enumerate(draws.keys):
+            assert draws is not None  # a batch was given
+            for number, key in enumerate(draws.keys.tolist()):
                 pixels = images[number].numpy().transpose(1, 2, 0) + mean
                 y, x = draws.offset[number].tolist()
-                yield key, View((y, x), bool(draws.flip[number]), draws.shift[number].numpy().copy(), pixels)
+                yield (
+                    f"{key:0{KEY_DIGITS}d}",
+                    View((y, x), bool(draws.flip[number]), draws.shift[number].numpy().copy(), pixels),
+                )
 
 
 def copy_samples(shards: ShardSet, split: str, positions: list[int], folder: Path) -> ShardSet:
@@ -117,16 +120,17 @@ def copy_samples(shards: ShardSet, split: str, positions: list[int], folder: Pat
     Only these samples and the indices of their shards are read.
     """
     tar, rows, copied = folder / "train-000000.tar", [], 0
-    wanted = sorted(positions)
-    first = 0
+    chosen, first = [], 0
+    for shard in shards.shards(split):
+        here = [position - first for position in sorted(positions) if first <= position < first + shard.samples]
+        first += shard.samples
+        if here:
+            chosen.append((shard, here))
+    if shards.remote:
+        shards.keep_only(split, [shard for shard, _ in chosen]).fetch(split)
     with tar.open("wb") as out:
-        for shard, path in zip(shards.shards(split), shards.tars(split), strict=True):
-            here = [position - first for position in wanted if first <= position < first + shard.samples]
-            first += shard.samples
-            if not here:
-                continue
-            if shards.remote:
-                shards.remote.fetcher.wait([shard.file])
+        for shard, here in chosen:
+            path = shards.root / shard.file
             with path.open("rb") as file:
                 for span in _find_spans(path, here):
                     file.seek(span.first)

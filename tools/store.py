@@ -3,7 +3,7 @@
 The decision that shaped it: a file appears whole under its name or not at all. In a folder it is written beside, synced
 and renamed; in a bucket an upload is atomic, and a tar grows in an unnamed local file first, so that memory is bounded
 and a killed process leaves nothing. Every request to a bucket is tried up to five times, here and nowhere below. Left
-out: reading shards (pipeline/fetch.py), and what the files mean (outfolder.py).
+out: reading shards (pipeline/download.py), and what the files mean (outfolder.py).
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, NamedTuple, Protocol
 from pipeline.common.errors import UserError
 from pipeline.common.files import write_atomic
 from pipeline.common.machine import temporary_for
-from pipeline.origin import ask
+from pipeline.download import ask
 
 BACKOFF_S = (0.5, 1.0, 2.0, 4.0)  # between attempts at one request
 PART_BYTES = 32 << 20  # of an upload in parts, two of which are in memory; S3 takes 10,000, so tars of up to 312 GiB

@@ -170,8 +170,16 @@ def _judge_dali(it: Facts) -> Iterator[Check]:
         if error:
             remedy = "reinstall nvidia-dali-cuda120 and nvidia-nvimgcodec-cu12"
             yield Check(f"decoder {where}", "problem", error, remedy)
+        elif where == "mixed" and it["fell_back"]:
+            remedy = "the GPU decodes nothing: reinstall nvidia-nvjpeg-cu12 and nvidia-nvimgcodec-cu12"
+            yield Check("decoder mixed", "warning", "its pixels are the CPU's to the bit", remedy)
         else:
             yield Check(f"decoder {where}", "ok", "decodes JPEG")
+    if it["operators"]:
+        yield Check("operators", "ok", "ours, compiled for this CPU")
+    else:
+        remedy = "for half as much speed again on the CPU: apt-get install g++ libjpeg-dev (libjpeg-turbo's headers)"
+        yield Check("operators", "ok", f"DALI's own, since ours could not be compiled; {remedy}")
     if it["hardware"] is not None:
         found = "found" if it["hardware"] else "none on this GPU; its cores decode"
         yield Check("decoder hardware", "ok", found)

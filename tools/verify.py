@@ -20,6 +20,7 @@ import numpy as np
 from pipeline.colors import COLOR_FILE, MEAN_IMAGE_FILE, ColorStats
 from pipeline.common.console import Progress
 from pipeline.common.errors import UserError
+from pipeline.download import CHECKED
 from pipeline.manifest import ENDINGS, IMAGE_SIZE_PX, MANIFEST, SPLITS, Manifest
 from pipeline.shards import ShardSet
 from tools.engines import run_units
@@ -41,7 +42,7 @@ REMEDIES = {
 }
 _SHARD_FILE = re.compile(r"((?:train|val)-[0-9]{6})\.(tar|idx|json)")
 _TEMPORARY = re.compile(r"\..+\.tmp[0-9]+")
-_FOLDER_FILES = {MANIFEST, COLOR_FILE, MEAN_IMAGE_FILE, FAILURES_FILE, JOB_FILE}
+_FOLDER_FILES = {MANIFEST, COLOR_FILE, MEAN_IMAGE_FILE, FAILURES_FILE, JOB_FILE, CHECKED}
 _COLOR_TOLERANCE = 1e-5  # relative, of colour statistics among themselves: the mean image is float32
 
 

@@ -15,10 +15,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pipeline.common.errors import UserError
 from pipeline.loader import Batch, TrainLoader
 from pipeline.manifest import ENDINGS, IMAGE_SIZE_PX
-from pipeline.shards import ShardSet
+from pipeline.shards import ShardSet, read_index
 from trainer.bench import Task, Work
 from trainer.usage import count_cores
 
@@ -55,21 +54,13 @@ def find_samples(shards: ShardSet, limit: int = MAX_SAMPLES) -> list[Place]:
     ending, places = ENDINGS[shards.manifest.encoding], []
     wanted = np.unique(np.linspace(0, shards.num_samples("train") - 1, limit).astype(np.int64))
     first = 0
-    for tar, index, shard in zip(shards.tars("train"), shards.indices("train"), shards.shards("train"), strict=True):
+    for tar, path, shard in zip(shards.tars("train"), shards.indices("train"), shards.shards("train"), strict=True):
         here = wanted[(wanted >= first) & (wanted < first + shard.samples)] - first
         if len(here):
-            lines = index.read_text(encoding="ascii", errors="replace").splitlines()[1:]
-            places += [_parse_line(tar, index, lines[row] if row < len(lines) else "", ending) for row in here]
+            index = read_index(path, shard, ending)
+            places += [Place(tar, int(index.offsets[row]), int(index.sizes[row])) for row in here]
         first += shard.samples
     return places
-
-
-def _parse_line(tar: Path, index: Path, line: str, ending: str) -> Place:
-    words = line.split()
-    for kind, offset, size in zip(words[0::4], words[1::4], words[2::4], strict=False):
-        if kind == ending and offset.isdigit() and size.isdigit():
-            return Place(tar, int(offset), int(size))
-    raise UserError(f"{index}: a line reads {line[:80]!r}, expected '{ending} OFFSET SIZE NAME'; make the shards again")
 
 
 def limit_task(places: Sequence[Place], encoding: str, num_threads: int | None = None) -> tuple[str, Task]:

@@ -6,7 +6,7 @@ on; the table is a view of it. Left out: flags (cli_bench.py), the table (bench_
 
 import statistics
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from pipeline.colors import ColorStats
 from pipeline.common import console
 from pipeline.loader import TrainLoader
 from pipeline.manifest import IMAGE_SIZE_PX
+from pipeline.options import LoaderOptions
 from pipeline.shards import ShardSet
 from trainer.bench import Clock, Rate, Task, Work, alternate, gpu_memory_bytes
 from trainer.bench_feed import endless, find_samples, limit_task, loader_task
@@ -23,7 +24,7 @@ from trainer.bench_table import show
 from trainer.diagnosis import Readings, diagnose
 from trainer.distributed import Ranks, gather, join
 from trainer.environment import environment
-from trainer.feed import Feeding, make_train_loader
+from trainer.feed import make_train_loader
 from trainer.recipe import Recipe
 from trainer.usage import count_cores, list_tree, memory_bytes
 
@@ -40,11 +41,10 @@ class BenchJob:
     recipe: Recipe
     shards: str | None
     use_gpu: bool
-    num_threads: int | None
     duration_s: float
     num_rounds: int
     as_json: bool
-    feeding: Feeding = field(default_factory=Feeding)
+    loader: LoaderOptions = LoaderOptions()
 
 
 def run_rank(job: BenchJob) -> int:
@@ -133,13 +133,12 @@ def measure_train(job: BenchJob, ranks: Ranks, clock: Clock = time.perf_counter)
         on_gpu=job.use_gpu,
         precision=_name(trainee.dtype),
         encoding=shards.manifest.encoding,
-        decode=loader.feed.decode,
-        threads_per_rank=loader.feed.num_threads,
+        decode=loader.spec.decode,
+        threads_per_rank=loader.spec.num_threads,
         num_cores=count_cores(),
         num_ranks=ranks.world_size,
         num_gpus_visible=torch.cuda.device_count(),
         raw_bytes=shards.num_samples("train") * IMAGE_SIZE_PX**2 * 3,
-        memory_bytes=described["hardware"]["memory_bytes"],
     )
     return {
         **described,
@@ -174,13 +173,12 @@ def _open_loader(job: BenchJob, ranks: Ranks) -> tuple[TrainLoader, ShardSet]:
     assert job.shards is not None  # the command sees to it
     shards = ShardSet.open(job.shards)
     colors = ColorStats.load(shards.root, shards.fingerprint)
-    loader = make_train_loader(shards, colors, job.recipe, ranks, num_threads=job.num_threads, feeding=job.feeding)
+    loader = make_train_loader(shards, colors, job.recipe, ranks, 0, job.loader)
     return loader, shards
 
 
 def _make_limit(shards: ShardSet, ranks: Ranks) -> tuple[str, Task, dict[str, Any]]:
     """(words, task, which images): the first rank measures with all cores, the others stand by."""
-    shards.wait("train")  # behind a URL: until all are here
     places = find_samples(shards)
     images = {"num_distinct": len(places), "mean_bytes": statistics.mean(place.size for place in places)}
     words, task = limit_task(places, shards.manifest.encoding)
@@ -202,8 +200,8 @@ def _describe(job: BenchJob, ranks: Ranks) -> dict[str, Any]:
 
 
 def _describe_feed(loader: TrainLoader, shards: ShardSet) -> dict[str, Any]:
-    feed = loader.feed
-    return {"encoding": shards.manifest.encoding, "decode": feed.decode, "num_threads": feed.num_threads}
+    spec = loader.spec
+    return {"encoding": spec.encoding, "decode": spec.decode, "num_threads": spec.num_threads}
 
 
 def _name(dtype: torch.dtype) -> Any:

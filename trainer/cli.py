@@ -16,7 +16,8 @@ from trainer.cli_options import (
     SETTINGS,
     add_common_options,
     add_feed_options,
-    choose_feeding,
+    choose_loader,
+    read_feeding,
 )
 from trainer.cli_ranks import add_rank_options, check_divisible, choose_devices, choose_parallel, count_ranks
 from trainer.cli_safety import AUTO, add_safety_options, check_same, choose_safety, find_begun
@@ -57,7 +58,6 @@ def _train(
     shards: str | None,
     runs: Path,
     cache_dir: str | None,
-    cache_gib: float | None,
     num_gpus: int | None,
     num_threads: int | None,
     recipe_name: str | None,
@@ -72,7 +72,7 @@ def _train(
     decode: str | None,
     host_share: float | None,
     hw_decoder_load: float | None,
-    cache: str | None,
+    cache_gib: float | None,
     prefetch_batches: int | None,
     parallel: str | None,
     gradients: str | None,
@@ -130,19 +130,19 @@ def _train(
         weights = None
 
     from pipeline.colors import ColorStats
+    from pipeline.options import LoaderOptions
     from pipeline.shards import ShardSet
 
-    opened = ShardSet.open(shards, cache_dir=cache_dir, cache_gib=cache_gib)
+    opened = ShardSet.open(shards, cache_dir=cache_dir)
     ColorStats.load(opened.root, opened.fingerprint)  # a fault in the data is told before any rank starts
     from trainer.distributed import under_launcher
-    from trainer.feed import Feeding
     from trainer.job import Job
     from trainer.launch import launch, run_as_rank
     from trainer.train import run_rank
 
-    feeding = config.get("feeding", {}) | choose_feeding(
+    loader = read_feeding(config) | choose_loader(
         decode=decode, host_share=host_share, hw_decoder_load=hw_decoder_load, prefetch_batches=prefetch_batches,
-        cache=cache,
+        cache_gib=cache_gib, num_threads=num_threads,
     )  # fmt: skip
 
     from trainer.tensorboard import is_wanted
@@ -161,10 +161,8 @@ def _train(
         use_gpu=use_gpu,
         resume=folder,
         weights=weights_path,
-        num_threads=num_threads,
         cache_dir=cache_dir,
-        cache_gib=cache_gib,
-        feeding=Feeding(**feeding),
+        loader=LoaderOptions(**loader),
         parallel=choose_parallel(
             recipe, opened.num_classes, world_size, use_gpu=use_gpu, asked=asked, saved=config.get("parallel", {})
         ),
@@ -180,6 +178,7 @@ def _train(
             timeout_s=timeout_s,
         ),
     )
+    opened.fetch("train", "val")  # here, where a signal ends it at once and nobody waits for a step
     if under_launcher():
         return run_as_rank(run_rank, job)
     return launch(run_rank, (job,), num_ranks, max_restarts) if num_ranks > 1 else run_rank(job)

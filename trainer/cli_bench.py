@@ -19,7 +19,7 @@ from trainer.cli_options import (
     THREADS,
     VERSION,
     add_feed_options,
-    choose_feeding,
+    choose_loader,
 )
 from trainer.cli_ranks import check_divisible, choose_devices, count_ranks
 from trainer.recipe import RECIPES, override
@@ -71,9 +71,9 @@ def command(
     recipe = override(RECIPES[recipe_name], [*changes, *settings])
     folder = shards if what == "step" else shards or "shards"
     opened = _open_shards(folder) if folder else None
+    from pipeline.options import LoaderOptions
     from trainer.bench_run import BenchJob, fit_batch, run_rank
     from trainer.distributed import under_launcher
-    from trainer.feed import Feeding
     from trainer.launch import launch, run_as_rank
 
     num_ranks, use_gpu = choose_devices(num_gpus)
@@ -87,8 +87,10 @@ def command(
             )
         recipe = fitted
     check_divisible(recipe, world_size)
-    feeding = Feeding(**choose_feeding(**given))
-    job = BenchJob(what, recipe, folder, use_gpu, num_threads, duration_s, num_rounds, as_json, feeding)
+    loader = LoaderOptions(**choose_loader(num_threads=num_threads, **given))
+    job = BenchJob(what, recipe, folder, use_gpu, duration_s, num_rounds, as_json, loader)
+    if opened and what != "step":
+        opened.fetch("train")
     if under_launcher():
         return run_as_rank(run_rank, job)
     return launch(run_rank, (job,), num_ranks) if num_ranks > 1 else run_rank(job)

@@ -37,7 +37,6 @@ def evaluate(
     shards: str | None,
     runs: Path,
     cache_dir: str | None,
-    cache_gib: float | None,
     num_gpus: int | None,
     num_threads: int | None,
     nets: tuple[str, ...],
@@ -57,6 +56,7 @@ def evaluate(
     found = [Path(text) if Path(text).is_file() else resolve_run(runs, text) for text in nets]
     trained_on = [read_whole_config(path)["shards"] for path in found if path.is_dir()]
     num_ranks, use_gpu = choose_devices(num_gpus)
+    from pipeline.options import LoaderOptions
     from trainer.distributed import under_launcher
     from trainer.ensemble import Job, run_rank
     from trainer.launch import launch, run_as_rank
@@ -66,9 +66,8 @@ def evaluate(
         checkpoint=checkpoint,
         shards=shards or (trained_on[0] if trained_on else "shards"),
         use_gpu=use_gpu,
-        num_threads=num_threads,
+        loader=LoaderOptions(num_threads=num_threads),
         cache_dir=cache_dir,
-        cache_gib=cache_gib,
         as_json=as_json,
         predictions=predictions,
     )

@@ -31,34 +31,36 @@ def add_common_options(function: Callable[..., Any]) -> Callable[..., Any]:
                           help="Folder of shards, or its URL (s3://bucket/prefix).")  # fmt: skip
     cache_dir = click.option("--cache-dir", envvar="ALEXNET_CACHE", show_envvar=True,
                              type=click.Path(file_okay=False), show_default="~/.cache/alexnet-dali",
-                             help="Local folder for shards behind a URL.")  # fmt: skip
-    cache_gib = click.option("--cache-gib", envvar="ALEXNET_CACHE_GIB", show_envvar=True,
-                             type=click.FloatRange(min=0, min_open=True), show_default="what the disk holds",
-                             help="Most that --cache-dir may hold, GiB.")  # fmt: skip
-    for option in (THREADS, GPUS, cache_gib, cache_dir, RUNS, shards, VERSION):
+                             help="Local folder to which shards behind a URL are downloaded.")  # fmt: skip
+    for option in (THREADS, GPUS, cache_dir, RUNS, shards, VERSION):
         function = option(function)
     return function
 
 
 def add_feed_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Where images are decoded and kept: all None unless given, so that a resumed run keeps its own."""
-    decode = click.option("--decode", type=click.Choice(["auto", "host", "mixed", "hybrid"]), show_default="auto",
-                          help="Decode JPEGs on the host's cores, on the GPU (mixed) or on both (hybrid); auto: hybrid "
+    decode = click.option("--decode", type=click.Choice(["auto", "cpu", "mixed", "hybrid"]), show_default="auto",
+                          help="Decode JPEGs on the CPU's cores, on the GPU (mixed) or on both (hybrid); auto: mixed "
                                "on a GPU.")  # fmt: skip
-    share = click.option("--host-share", type=click.FloatRange(0, 1), show_default="found by timing both",
-                         help="With hybrid: the share of each batch that the host decodes.")  # fmt: skip
+    share = click.option("--host-share", type=click.FloatRange(0, 1), show_default="0.5",
+                         help="With hybrid: the share of each batch that the CPU decodes.")  # fmt: skip
     load = click.option("--hw-decoder-load", type=click.FloatRange(0, 1), show_default="0.9",
                         help="Of what the GPU decodes, the share of its JPEG engine.")  # fmt: skip
-    cache = click.option("--cache", type=click.Choice(["none", "raw"]), show_default="none",
-                         help="raw: decode once, then feed from memory, the GPU's if all fit there.")  # fmt: skip
-    prefetch = click.option("--prefetch", "prefetch_batches", type=click.IntRange(min=1), show_default="2",
-                            help="Batches decoded ahead.")  # fmt: skip
+    cache = click.option("--cache-gib", type=click.FloatRange(min=0), show_default="0",
+                         help="With mixed: GPU memory in which decoded images are kept, GiB.")  # fmt: skip
+    prefetch = click.option("--prefetch", "prefetch_batches", type=click.IntRange(min=1), show_default="3",
+                            help="Batches made ahead.")  # fmt: skip
     for option in (prefetch, cache, load, share, decode):
         function = option(function)
     return function
 
 
-def choose_feeding(**given: Any) -> dict[str, Any]:
-    """Arguments of feed.Feeding from those flags that were given."""
-    values = {name: value for name, value in given.items() if value is not None}
-    return values | ({"cache": None} if values.get("cache") == "none" else {})
+def read_feeding(config: dict[str, Any]) -> dict[str, Any]:
+    """The same of a run to be resumed, as its config.json has them, that of an earlier version too."""
+    known = {name: value for name, value in (config.get("feeding") or {}).items() if name != "cache"}
+    return known | ({"decode": "cpu"} if known.get("decode") == "host" else {})
+
+
+def choose_loader(**given: Any) -> dict[str, Any]:
+    """Fields of pipeline.LoaderOptions from those flags that were given."""
+    return {name: value for name, value in given.items() if value is not None}

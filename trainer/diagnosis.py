@@ -19,8 +19,7 @@ class Readings:
     """What one run measured, images/s over all ranks, and the settings it ran with.
 
     `decode_limit`: the codec alone on all cores (raw shards: reading alone). `decode`: where images are decoded,
-    "host", "mixed" (the GPU), "hybrid" (both) or "stored" (they lie there decoded). `raw_bytes`: all training images,
-    decoded; `memory_bytes`: of this machine.
+    "cpu", "mixed" (the GPU) or "hybrid" (both). `raw_bytes`: all training images, decoded.
     """
 
     feed: float
@@ -37,7 +36,6 @@ class Readings:
     num_ranks: int
     num_gpus_visible: int
     raw_bytes: int
-    memory_bytes: int
 
 
 @dataclass(frozen=True)
@@ -70,7 +68,7 @@ def _diagnose_overlap(r: Readings, bound: float) -> Diagnosis:
     if r.on_gpu:
         advice = []
         if r.decode in ("mixed", "hybrid"):
-            advice.append(f"decoding ({r.decode}) and step share the GPU: compare with --decode host")
+            advice.append(f"decoding ({r.decode}) and step share the GPU: compare with --decode cpu")
         if r.threads_per_rank * r.num_ranks >= r.num_cores:
             fewer = max(1, (r.num_cores - r.num_ranks) // r.num_ranks)
             advice.append(
@@ -98,11 +96,8 @@ def _speed_feeding(r: Readings) -> tuple[str, ...]:
             f"--threads {r.num_cores // r.num_ranks}"
         )
     of_limit = r.feed / r.decode_limit
-    if r.on_gpu and r.decode in ("host", "mixed"):
-        advice.append(f"decode on host and GPU at once (now {r.decode}): --decode hybrid")
-    if r.decode == "stored" and r.encoding != "raw":
-        advice.append("images come from memory already: more or faster cores are what is left")
-        return tuple(advice)
+    if r.on_gpu and r.decode in ("cpu", "mixed"):
+        advice.append(f"decode on cores and GPU at once (now {r.decode}): --decode hybrid")
     if r.encoding == "raw":
         if of_limit < _NEAR_LIMIT:
             advice.append(
@@ -115,8 +110,8 @@ def _speed_feeding(r: Readings) -> tuple[str, ...]:
     reason = f"the loader is at {of_limit:.0%} of decoding alone"
     if of_limit >= _NEAR_LIMIT:
         reason += ", so leave decoding out"
-    if r.raw_bytes < r.memory_bytes / 2:
-        advice.append(f"{reason}: --cache raw decodes once and holds {gib:.1f} GiB of memory")
+    if r.on_gpu and r.decode == "mixed":
+        advice.append(f"{reason}: --cache-gib {gib:.1f} keeps all decoded images in the GPU's memory")
     advice.append(f"{reason}: raw shards need no decoding and {gib:.1f} GiB of disk, alexnet-prep shard --encoding raw")
     if of_limit < _NEAR_LIMIT and not r.on_gpu:
         advice.append("or the disk is slow: alexnet-prep doctor --shards DIR times it")

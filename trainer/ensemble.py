@@ -19,6 +19,7 @@ from torch import Tensor
 from pipeline.common.console import print_json
 from pipeline.common.errors import UserError
 from pipeline.manifest import KEY_DIGITS
+from pipeline.options import LoaderOptions
 from pipeline.shards import ShardSet
 from trainer.distributed import Ranks, gather, join, reduce_sum
 from trainer.evaluate import Crops, Errors, choose_dtype, count_errors, evaluate, make_eval_loader, to_errors
@@ -40,9 +41,8 @@ class Job:
     checkpoint: str
     shards: str
     use_gpu: bool
-    num_threads: int | None = None
+    loader: LoaderOptions = LoaderOptions()
     cache_dir: str | None = None
-    cache_gib: float | None = None
     as_json: bool = False
     predictions: Path | None = None
 
@@ -62,10 +62,10 @@ Found = dict[Crops, Errors]
 def run_rank(job: Job) -> int:
     """The whole evaluation as seen by one rank; the first one prints."""
     with join(job.use_gpu) as ranks:
-        shards = ShardSet.open(job.shards, cache_dir=job.cache_dir, cache_gib=job.cache_gib)
+        shards = ShardSet.open(job.shards, cache_dir=job.cache_dir)
         nets = [load_any(path, job.checkpoint, shards) for path in job.nets]
         found, average, answers = evaluate_nets(
-            nets, shards, ranks, num_threads=job.num_threads, with_answers=job.predictions is not None
+            nets, shards, ranks, options=job.loader, with_answers=job.predictions is not None
         )
         if not ranks.is_first:
             return 0
@@ -90,7 +90,7 @@ def evaluate_nets(
     shards: ShardSet,
     ranks: Ranks,
     *,
-    num_threads: int | None = None,
+    options: LoaderOptions = LoaderOptions(),
     with_answers: bool = False,
 ) -> tuple[list[Found], Found | None, list[Answer]]:
     """Errors of each net for both views; those of their average, if there are several; ten-crop answers, by key.
@@ -109,7 +109,7 @@ def evaluate_nets(
         outputs = _Outputs()
         for number, weights in enumerate(nets):
             assert weights.colors is not None  # `complete` saw to that
-            loader = make_eval_loader(shards, weights.colors, weights.recipe, ranks, crops, num_threads)
+            loader = make_eval_loader(shards, weights.colors, weights.recipe, ranks, crops, options)
             model, dtype = make_net(weights, ranks.device), choose_dtype(weights.recipe.precision, ranks.device)
             is_kept = len(nets) > 1 or (with_answers and crops == "ten")
             keep = outputs.begin() if is_kept else None

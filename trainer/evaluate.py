@@ -6,7 +6,7 @@ loader's), and the average of several nets (ensemble.py).
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from pipeline.colors import ColorStats
 from pipeline.common.errors import UserError
+from pipeline.options import LoaderOptions
 from pipeline.shards import ShardSet
 from trainer.distributed import Ranks, reduce_sum
 from trainer.recipe import Recipe
@@ -50,23 +51,23 @@ def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
 
 
 def make_eval_loader(
-    shards: ShardSet, colors: ColorStats, recipe: Recipe, ranks: Ranks, crops: Crops, num_threads: int | None = None
+    shards: ShardSet, colors: ColorStats, recipe: Recipe, ranks: Ranks, crops: Crops, options: LoaderOptions
 ) -> "EvalLoader":
     """The loader of the validation images for nets of `recipe`, in batches that fit `crops`."""
     from pipeline.loader import EvalLoader  # here: it needs DALI, which a prediction does not
 
+    # How training decodes is not for the few images of an evaluation, which fit no cache either.
+    options = replace(options, decode="auto", host_share=None, cache_gib=0.0)
     return EvalLoader(
         shards,
         colors,
+        recipe.transform(train=False),
+        options,
         batch_size=BATCH_SIZE[crops],
         crops=crops,
         rank=ranks.rank,
         world_size=ranks.world_size,
         device=ranks.feed,
-        mean=recipe.mean,
-        unit_variance=recipe.unit_variance,
-        layout="NHWC",
-        num_threads=num_threads,
     )
 
 

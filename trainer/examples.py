@@ -6,7 +6,7 @@ fair sample of the whole. Left out: what it looks like (figures_images.py).
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -76,6 +76,8 @@ def find_examples(model: AlexNet, shards: ShardSet, colors: ColorStats, num_trai
     """
     num_val = min(MOST_VALIDATION, shards.num_samples("val"))
     num_train = min(num_train, shards.num_samples("train"))
+    for split, num in (("val", num_val), ("train", num_train)):
+        first_shards(shards, split, num).fetch(split)
     with Progress("looking at images", num_val + num_train, "images") as progress:
         val = _look(model, shards, colors, "val", num_val, progress)
         train = _look(model, shards, colors, "train", num_train, progress)
@@ -136,9 +138,7 @@ def first_shards(shards: ShardSet, split: str, num: int) -> ShardSet:
             break
         kept.append(shard)
         held += shard.samples
-    others = [shard for shard in shards.manifest.shards if shard.split != split]
-    totals = {**shards.manifest.totals, split: held}
-    return replace(shards, manifest=replace(shards.manifest, shards=(*kept, *others), totals=totals))
+    return shards.keep_only(split, kept)
 
 
 @torch.no_grad()
@@ -146,9 +146,8 @@ def _look(model: AlexNet, shards: ShardSet, colors: ColorStats, split: str, num:
     """The first `num` images of a split through the net."""
     recipe = model.recipe
     loader = EvalLoader(
-        first_shards(shards, split, num), colors, batch_size=_BATCH_SIZE, split=split, mean=recipe.mean,
-        unit_variance=recipe.unit_variance, layout="NHWC",
-    )  # fmt: skip
+        first_shards(shards, split, num), colors, recipe.transform(train=False), batch_size=_BATCH_SIZE, split=split
+    )
     dtype, hidden = choose_dtype(recipe.precision, torch.device("cpu")), list[Tensor]()
     hook = model.fc8.register_forward_hook(lambda _, inputs, __: hidden.append(inputs[0].float()))
     outputs, labels, held = [], [], 0

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from pipeline.common.errors import UserError
-from pipeline.finish import CROP_SIZE_PX
+from pipeline.options import CROP_SIZE_PX
 from trainer.model import AlexNet
 from trainer.parallel import MODES, Mode, check
 from trainer.recipe import Recipe

@@ -4,12 +4,12 @@ The decision that shaped it: plain, frozen and picklable, so that it is made onc
 imported, and handed to every rank. Left out: what is done with it (train.py).
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from pipeline.common.console import Voice
-from trainer.feed import Feeding
+from pipeline.options import LoaderOptions
 from trainer.parallel import DATA, Parallel
 from trainer.recipe import Recipe
 
@@ -36,7 +36,7 @@ class Job:
     `restart_epoch`: from the end of its last whole epoch, not from its last step; `or_new`: where that folder holds no
     checkpoint yet, begin in it.
 
-    `shards`: a folder or a URL; `cache_dir`, `cache_gib`: see ShardSet.open.
+    `shards`: a folder or a URL; `cache_dir`: see ShardSet.open.
     """
 
     shards: str
@@ -47,10 +47,8 @@ class Job:
     use_gpu: bool
     resume: Path | None = None
     weights: Path | None = None  # a run's folder or a file to start from, see finetune.py
-    num_threads: int | None = None
     cache_dir: str | None = None
-    cache_gib: float | None = None
-    feeding: Feeding = field(default_factory=Feeding)
+    loader: LoaderOptions = LoaderOptions()
     parallel: Parallel = DATA
     restart_epoch: bool = False
     or_new: bool = False

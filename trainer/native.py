@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pipeline.kernel import compile_library
+from pipeline.operators.compile import compile_library
 
 SOURCE = Path(__file__).with_name("native.c")
 _FLAGS = ("-fopenmp", "-mprefer-vector-width=512", "-fno-math-errno", "-fno-trapping-math")

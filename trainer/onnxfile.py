@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from pipeline.common.errors import UserError
 from pipeline.common.files import write_atomic
-from pipeline.finish import CROP_SIZE_PX, Constants, Transform
+from pipeline.options import CROP_SIZE_PX
 from trainer.lrn import _SPATIAL_K, _SPATIAL_POWER, _SPATIAL_SCALE, _SPATIAL_SIZE
 from trainer.model import _PADS_PX
 from trainer.recipe import to_dict
@@ -139,13 +139,11 @@ def input_constants(weights: Weights) -> tuple[NDArray[np.float32], NDArray[np.f
     if weights.colors is None:
         raise UserError(f"{weights.source}: does not hold the colours it was trained with; export from its run instead")
     recipe = weights.recipe
-    constants = Constants.of(Transform(recipe.mean, None, False, False, recipe.unit_variance), weights.colors)
+    constants = recipe.transform(train=False).constants(weights.colors)
+    mean = constants.mean.reshape(1, 3, 1, 1)
     if constants.mean_image is not None:
-        mean = constants.mean_image.permute(2, 0, 1)[None].contiguous().numpy()
-    else:
-        assert constants.mean is not None
-        mean = constants.mean.view(1, 3, 1, 1).numpy()
-    return mean, None if constants.factor is None else constants.factor.view(1, 3, 1, 1).numpy()
+        mean = np.ascontiguousarray(constants.mean_image.transpose(2, 0, 1)[None])
+    return mean, constants.factor.reshape(1, 3, 1, 1) if recipe.unit_variance else None
 
 
 class _Graph:

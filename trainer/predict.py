@@ -1,7 +1,7 @@
 """What a trained net takes photographs for: any image file -> its five best classes.
 
 The decision that shaped it: a file is prepared as `alexnet-prep shard` would (pipeline/images/) and finished as the
-loaders do (pipeline/finish.py), so that a prediction is that of an evaluation on the same stored image; DALI is not
+loaders do (pipeline/options.py), so that a prediction is that of an evaluation on the same stored image; DALI is not
 needed. Files are read a batch at a time: a folder of any size takes the memory of one. Left out: words and tables
 (cli_nets.py).
 """
@@ -12,15 +12,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from pipeline.common.errors import UserError
-from pipeline.finish import CENTRE_PX, FIVE_OFFSETS_PX, GpuFinisher, Transform, Views
-from pipeline.hostfinish import make_finisher
 from pipeline.images.decode import BadImage, Pixels
 from pipeline.images.imagenet import IMAGE_ENDINGS
 from pipeline.images.resize import read_square
+from pipeline.options import CENTRE_PX, CROP_SIZE_PX, FIVE_OFFSETS_PX
 from trainer.evaluate import BATCH_SIZE, TOP, Crops, choose_dtype, log_probabilities
 from trainer.weights import Classes, Weights, make_net, name_class
 
@@ -61,12 +61,10 @@ class Predictor:
         self.batch_size = BATCH_SIZE[crops]
         self._net, self._dtype = make_net(weights, device), choose_dtype(recipe.precision, device)
         self._device = device
-        transform = Transform(recipe.mean, None, False, False, recipe.unit_variance, "float32", "NHWC")
-        self._finish = make_finisher(transform, weights.colors, device, self.num_threads)
-        views = [(*CENTRE_PX, 0)]
+        self._finish = recipe.transform(train=False).constants(weights.colors).finisher(device)
+        self._views = [(*CENTRE_PX, False)]
         if crops == "ten":
-            views = [(y, x, flip) for flip in (0, 1) for y, x in FIVE_OFFSETS_PX]
-        self._views = torch.tensor(views)
+            self._views = [(y, x, flip) for flip in (False, True) for y, x in FIVE_OFFSETS_PX]
 
     @torch.no_grad()
     def __call__(self, images: Sequence[Pixels]) -> Tensor:
@@ -74,16 +72,11 @@ class Predictor:
 
         images: uint8 (256, 256, 3) RGB each.
         """
-        pixels = [torch.from_numpy(image) for image in images]
-        views = self._views.repeat(len(pixels), 1)
-        wanted = Views(
-            torch.arange(len(pixels)).repeat_interleave(len(self._views)), views[:, :2].contiguous(), views[:, 2]
-        )
-        if isinstance(self._finish, GpuFinisher):
-            finished = self._finish(torch.stack(pixels).to(self._device), wanted)
-        else:
-            finished = self._finish.begin(pixels.__getitem__, wanted, len(self._views)).result()
-        finished = finished.reshape(len(pixels), len(self._views), *finished.shape[1:])
+        pixels = torch.from_numpy(np.stack(images)).to(self._device)
+        crops = [pixels[:, y : y + CROP_SIZE_PX, x : x + CROP_SIZE_PX] for y, x, _ in self._views]
+        crops = [crop.flip(2) if flip else crop for crop, (_, _, flip) in zip(crops, self._views, strict=True)]
+        finished = self._finish(torch.stack(crops, dim=1).flatten(0, 1), None)
+        finished = finished.reshape(len(images), len(self._views), *finished.shape[1:])
         return log_probabilities(self._net, finished, self._dtype).cpu()
 
 

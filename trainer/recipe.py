@@ -11,10 +11,13 @@ import difflib
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
 from pipeline.common.errors import UserError
 from trainer.fieldtypes import describe, has_type, listed, parse, tupled
+
+if TYPE_CHECKING:
+    from pipeline.options import Transform
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,19 @@ class Recipe:
                 raise _error(field, value, describe(hint))
             if field in _LIMITS and value is not None and not _LIMITS[field][0](value):
                 raise _error(field, value, _LIMITS[field][1])
+
+    def transform(self, *, train: bool) -> "Transform":
+        """What a batch is: for training augmented (P 4.1), else the crops that evaluation asks for."""
+        from pipeline.options import Transform  # here: it needs NumPy, which `--help` does not
+
+        return Transform(
+            mean=self.mean,
+            lighting=self.lighting if train else None,
+            crop=self.crop and train,
+            flip=self.flip and train,
+            unit_variance=self.unit_variance,
+            layout="NHWC",
+        )
 
 
 def _rising(epochs: list[int]) -> bool:

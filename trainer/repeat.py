@@ -11,7 +11,7 @@ from typing import Any
 from trainer.recipe import RECIPES, Recipe, from_dict
 
 _OWN_FLAGS = {"epochs": "--epochs", "global_batch_size": "--global-batch-size", "lr": "--lr"}
-_FEEDING = {"decode": "--decode", "host_share": "--host-share", "cache": "--cache"}
+_FEEDING = {"decode": "--decode", "host_share": "--host-share", "cache_gib": "--cache-gib"}
 
 
 def repeat_command(config: dict[str, Any]) -> str:

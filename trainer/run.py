@@ -43,7 +43,7 @@ class Run:
         self.job, self.ranks, self.watchdog, recipe = job, ranks, watchdog, job.recipe
         check_parallel(job.parallel.mode, recipe, ranks.world_size)
         self.resume = find_resumed(job, ranks)
-        self.shards = ShardSet.open(job.shards, cache_dir=job.cache_dir, cache_gib=job.cache_gib)
+        self.shards = ShardSet.open(job.shards, cache_dir=job.cache_dir)
         self.colors = ColorStats.load(self.shards.root, self.shards.fingerprint)
         self.has_val = self.shards.num_samples("val") > 0
         if not self.has_val and recipe.schedule == "plateau":
@@ -73,16 +73,13 @@ class Run:
             ranks,
             seed=streams.feed,
             epoch=int(saved["epoch"]) if saved else 1,
-            num_threads=job.num_threads,
-            feeding=job.feeding,
+            options=job.loader,
             whole=self.learner.split.mode == "columns",
         )
         if saved:
             self._restore(saved)
         self.eval_loader = (
-            make_eval_loader(self.shards, self.colors, recipe, ranks, "centre", job.num_threads)
-            if self.has_val
-            else None
+            make_eval_loader(self.shards, self.colors, recipe, ranks, "centre", job.loader) if self.has_val else None
         )
         self.journal = Journal(
             ranks, job.runs, job.name, describe(job, self.shards, ranks, self.started_from), self.colors,

@@ -20,6 +20,8 @@ from trainer.native import load_native
 from trainer.recipe import to_dict
 from trainer.weights import list_classes
 
+_OF_THIS_MACHINE = ("num_threads", "num_local_ranks")
+
 
 def describe(job: Job, shards: ShardSet, ranks: Ranks, started_from: Start | None) -> dict[str, Any]:
     """For config.json."""
@@ -32,7 +34,7 @@ def describe(job: Job, shards: ShardSet, ranks: Ranks, started_from: Start | Non
         "classes": list_classes(shards.manifest.classes),
         "world_size": ranks.world_size,
         "device": ranks.device.type,
-        "feeding": asdict(job.feeding),
+        "feeding": {name: value for name, value in asdict(job.loader).items() if name not in _OF_THIS_MACHINE},
         "weights": started_from and asdict(started_from),
         "parallel": asdict(job.parallel),
         "safety": asdict(job.safety),

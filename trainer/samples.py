@@ -9,18 +9,16 @@ from dataclasses import dataclass
 from typing import BinaryIO
 
 import numpy as np
+import simplejpeg
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.colors import ColorStats
 from pipeline.common.errors import UserError
-from pipeline.finish import CENTRE_PX, Transform, Views
-from pipeline.hostfinish import CpuFinisher
-from pipeline.hostpixels import decode_into
-from pipeline.kernel import load_kernel
-from pipeline.manifest import ENDINGS
-from pipeline.shards import ShardSet
+from pipeline.manifest import CLS_DIGITS, ENDINGS
+from pipeline.options import CENTRE_PX, CROP_SIZE_PX
+from pipeline.shards import Index, ShardSet, read_index
 from trainer.evaluate import log_probabilities
 from trainer.model import AlexNet
 from trainer.predict import Guess, find_best
@@ -53,48 +51,47 @@ def read_samples(shards: ShardSet, colors: ColorStats, recipe: Recipe, num: int 
     """`num` validation images, evenly spaced over the split in the order of keys, each moved on to the next of a class
     not seen yet where there is one near; None if there are no images.
 
-    Raises UserError for shards that cannot be read here: damaged ones, or those behind a URL that are not fetched yet.
+    Raises UserError for damaged shards.
     """
     if not shards.num_samples("val"):
         return None
     total = shards.num_samples("val")
-    num = min(num, total)
+    num, indices = min(num, total), dict[str, Index]()
     chosen: dict[int, tuple[bytes, int]] = {}
     for place in range(num):
         start = (2 * place + 1) * total // (2 * num)
         ahead = [position for step in range(_MOST_TRIED) if (position := (start + step) % total) not in chosen]
         seen = {label for _, label in chosen.values()}
-        found = ((position, _read_sample(shards, position)) for position in ahead)
+        found = ((position, _read_sample(shards, position, indices)) for position in ahead)
         position, sample = next((pair for pair in found if pair[1][1] not in seen), (ahead[0], None))
-        chosen[position] = sample or _read_sample(shards, position)
+        chosen[position] = sample or _read_sample(shards, position, indices)
     stored, labels = np.empty((num, 256, 256, 3), np.uint8), []
     for place, (_, (image, label)) in enumerate(sorted(chosen.items())):
         if shards.manifest.encoding == "raw":
             stored[place] = np.frombuffer(image, np.uint8).reshape(256, 256, 3)
         else:
-            decode_into(np.frombuffer(image, np.uint8), stored[place])
+            simplejpeg.decode_jpeg(image, "RGB", buffer=stored[place])
         labels.append(label)
-    transform = Transform(recipe.mean, None, False, False, recipe.unit_variance, "float32", "NHWC")
-    views = Views(torch.arange(num), torch.tensor([CENTRE_PX] * num), torch.zeros(num, dtype=torch.int64))
-    finisher = CpuFinisher(transform, colors, 1, load_kernel())
-    images = finisher.begin([torch.from_numpy(image) for image in stored].__getitem__, views, 1).result()
     top, left = CENTRE_PX
-    crops = stored[:, top : top + 224, left : left + 224].copy()
-    return Samples(crops, images.clone(), labels, shards.manifest.classes)
+    crops = stored[:, top : top + CROP_SIZE_PX, left : left + CROP_SIZE_PX].copy()
+    finish = recipe.transform(train=False).constants(colors).finisher(torch.device("cpu"))
+    return Samples(crops, finish(torch.from_numpy(crops), None), labels, shards.manifest.classes)
 
 
-def _read_sample(shards: ShardSet, position: int) -> tuple[bytes, int]:
-    """The stored image and class of the validation image at `position`, through its shard's index."""
+def _read_sample(shards: ShardSet, position: int, indices: dict[str, Index]) -> tuple[bytes, int]:
+    """The stored image and class of the validation image at `position`. `indices`: those read so far, by shard."""
     held = iter(shards.shards("val"))
     while position >= (shard := next(held)).samples:
         position -= shard.samples
     tar = shards.root / shard.file
     try:
-        row = tar.with_suffix(".idx").read_text(encoding="ascii").splitlines()[1 + position].split()
-        where = {ending: (int(offset), int(size)) for ending, offset, size, _ in zip(*[iter(row)] * 4, strict=True)}
+        if shard.file not in indices:
+            indices[shard.file] = read_index(tar.with_suffix(".idx"), shard, ENDINGS[shards.manifest.encoding])
+        _, offsets, sizes, labels = indices[shard.file]
         with tar.open("rb") as file:
-            return _read(file, *where[ENDINGS[shards.manifest.encoding]]), int(_read(file, *where["cls"]))
-    except (OSError, ValueError, LookupError) as error:
+            image = _read(file, int(offsets[position]), int(sizes[position]))
+            return image, int(_read(file, int(labels[position]), CLS_DIGITS))
+    except (OSError, ValueError) as error:
         raise UserError(f"{tar}: a sample cannot be read ({error}); see `alexnet-prep verify`") from error
 
 

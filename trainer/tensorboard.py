@@ -144,7 +144,7 @@ def open_board(run: Path, shards: ShardSet, colors: ColorStats, recipe: Recipe, 
     events = EventFile(folder / f"events.out.tfevents.{int(time.time()):010d}.{number:04d}", after_step)
     try:
         samples = read_samples(shards, colors, recipe)
-    except UserError:  # shards behind a URL, say: then there are no samples, and no reason not to train
+    except UserError:  # a damaged shard: then there are no samples; whoever reads that one will say so
         samples = None
     return Board(events, samples, after_step or 0)
 

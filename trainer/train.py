@@ -94,9 +94,12 @@ def _train(run: Run, stop: StopRequest) -> int:
 def _train_epoch(run: Run, stop: StopRequest) -> int:
     run.feed.begin_epoch(run.epoch)
     run.learner.net.train()
-    num_steps, batches = len(run.feed), iter(run.feed)
+    num_steps = len(run.feed)
     if run.feed.step == num_steps:  # resumed between an epoch's last step and its evaluation
         run.before_evaluation = run.place()
+        run.feed.end_epoch()
+        return 0
+    batches = iter(run.feed)
     since_s, waited_s, num_timed = time.perf_counter(), 0.0, 0
     while True:
         asked_s = time.perf_counter()

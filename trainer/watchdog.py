@@ -28,7 +28,7 @@ from trainer.distributed import Ranks, gather, is_first_to, under_launcher
 STATUS_HUNG, STATUS_HUNG_RANK = 1, 70  # alone; as a rank, whose launcher may start it again
 HUNG = "hung"
 _STDERR = 2
-START_S = 1800.0  # the least that a start may take: whole shards may be fetched in it
+START_S = 1800.0  # the least that a start may take: other machines may still be downloading shards
 _ANSWER_S = 1.0  # for another process to write its stacks, or for the ranks' store to say who is first
 _LEAVE_S = 5.0  # a rank that is not the first to find it lets that one speak
 

@@ -289,7 +289,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
 
 
 class Progress:
-    """Progress on stderr: a rich bar on a terminal, else a plain line at most every ten seconds.
+    """Progress on stderr: a rich bar on a terminal, else a plain line at most every ten seconds; as a remark is made.
 
     `with Progress("sharding", 1000, "images") as progress: progress.advance(5, failures="0")`
     """
@@ -302,7 +302,7 @@ class Progress:
         self._bar: Any = None
 
     def __enter__(self) -> "Progress":
-        if sys.stderr.isatty():
+        if _voice == "words" and sys.stderr.isatty():
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 

@@ -1,9 +1,6 @@
-"""The one exception that is meant for a person.
+"""The one exception that is meant for a person: one line with what, got, expected, remedy.
 
-Anything a user can cause and mend is a `UserError` whose message is one line: what, got, expected, remedy. Commands
-print that line and exit with status 1; every other exception is a defect of the project. Messages quote files, and what
-a file holds must not steer the terminal that shows it: they are escaped here, for all. Deliberately no hierarchy:
-nobody catches one kind of user error and not another.
+Messages quote files, and what a file holds must not steer the terminal that shows it: they are escaped here, for all.
 """
 
 

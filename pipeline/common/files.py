@@ -1,8 +1,4 @@
-"""Small files, read and written whole: JSON, and the replacement of a file in one step.
-
-The decision that shaped it: a reader, or a crash at any instant, finds the old file or the whole new one. Left out:
-what the files say. Standard library only.
-"""
+"""Small files, read and written whole: a reader, or a crash at any instant, finds the old file or the whole new one."""
 
 import json
 import os
@@ -24,6 +20,15 @@ def read_json(path: Path) -> Any:
 def write_json(path: Path, value: Any) -> None:
     """Write `value` to `path` so that a reader sees the old file or the whole new one, never a part."""
     write_atomic(path, (json.dumps(value, indent=1) + "\n").encode())
+
+
+def sync_folder(path: Path) -> None:
+    """Make sure that the names in a folder outlast a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_atomic(path: Path, data: bytes) -> None:

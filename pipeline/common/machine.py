@@ -1,8 +1,6 @@
 """Which machine and which process this is, told apart on a folder that several machines share.
 
-The decision that shaped it: a process number means something only where the same processes are seen, so a machine is
-its host name, its boot and its process namespace together: two containers of one name are two machines, and so is one
-host before and after a restart. Left out: whether a process of another machine lives; nobody here can know.
+A machine is its host name, its boot and its process namespace together: process numbers mean something only there.
 """
 
 import functools

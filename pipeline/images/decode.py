@@ -1,11 +1,9 @@
 """Any image's bytes -> RGB pixels, or the reason why not.
 
-The decision that shaped it: libjpeg-turbo, told to stop at its first warning, decodes every JPEG; a file it objects to
-is used only if a copy mended in its headers passes the same strict decoder, and then counts as repaired. ImageNet's
-oddities get the reading that everyone's ImageNet has: orientation in EXIF and colour profiles are ignored,
+libjpeg-turbo, told to stop at its first warning, decodes every JPEG; a file that it objects to is used only if a copy
+mended in its headers passes, and then counts as repaired. Orientation in EXIF and colour profiles are ignored,
 transparency is dropped, the first frame of an animation is taken, CMYK and YCCK are read by Adobe's convention
-(inverted) where Adobe's marker is, else as ink. Pillow reads the other formats, and JPEGs whose sampling factors
-libjpeg-turbo's simple interface has no name for. Left out: resizing and encoding (resize.py).
+(inverted) where Adobe's marker is, else as ink. Pillow reads the other formats.
 """
 
 import io

@@ -1,8 +1,4 @@
-"""Names that are known beforehand: what image files are called, and the 1000 classes of ILSVRC2012.
-
-The decision that shaped it: the class names lie in the package, so that shards of any layout, and the weights of other
-programs, which bring no names, get the same ones. Left out: names of other class sets (they come with their images).
-"""
+"""Names that are known beforehand: endings of image files, and the 1000 classes of ILSVRC2012."""
 
 from functools import lru_cache
 from pathlib import Path

@@ -1,9 +1,7 @@
 """The markers of a JPEG file: what it declares, whether every scan is there, and a mended copy.
 
-The decision that shaped it: a repair changes headers only and is then proved by a strict decode. Garbage between
-segments, a missing end marker and parameters that every decoder ignores can be put right without touching picture
-data, and a decoder that stops at its first warning has then nothing left to warn of. Left out: decoding, and any
-guess about damaged scans. Source: ITU-T T.81, annexes B and G; what is tolerated is libjpeg's list of warnings.
+A repair changes headers only and is then proved by a strict decode. Source: ITU-T T.81, annexes B and G; what is
+tolerated is libjpeg's list of warnings.
 """
 
 from typing import NamedTuple

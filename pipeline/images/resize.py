@@ -1,12 +1,7 @@
 """Any image's bytes -> the 256x256 RGB pixels that a shard holds, or a prediction is made from.
 
-The decision that shaped it: AlexNet's preparation exactly (paper, section 2: shorter side to 256, then the central
-256x256), with one antialiased filter for every file, so that a net asked about a photograph sees what it would have
-been trained on. The filter is torch's bicubic on uint8: twice the speed of OpenCV's area filter and 1.5 dB nearer to
-Lanczos. The same pixels come out for the same input in any process, batch and order; they depend on the versions of
-torch and simplejpeg only, not on the CPU: torch's kernels for AVX-512, AVX2 and neither, and libjpeg-turbo's for AVX2,
-SSE2 and neither, agree to the bit, and torch starts no thread for one image. Left out: decoding (decoding.py) and the
-encoding of samples (tools/preparer.py).
+AlexNet's preparation (paper, section 2: shorter side to 256, then the central 256x256) with torch's antialiased bicubic
+filter on uint8. The same pixels come out in any process, batch and order, on any CPU.
 """
 
 import math

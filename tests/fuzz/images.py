@@ -1,8 +1,8 @@
-"""Broken pictures through the path that makes shards and through the path that feeds training, counted.
+"""Broken pictures through the path that makes shards and through decode.c, which feeds training, counted.
 
-The decision that shaped it: it runs in a process of its own under a limit of memory and of CPU time, which the kernel
-holds, so that neither a crash nor a picture that grows can be missed. `python -m tests.fuzz.images jpeg 0 10000` prints
-one JSON object. Left out: the mutants (mutants.py); the sanitizers (kernels.c).
+It runs in a process of its own under a limit of memory and of CPU time, which the kernel holds, so that neither a crash
+nor a picture that grows can be missed. `python -m tests.fuzz.images jpeg 0 10000` prints one JSON object. The mutants:
+mutants.py; the sanitizers: kernels.c.
 """
 
 import ctypes
@@ -10,19 +10,34 @@ import json
 import resource
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import simplejpeg
 import torch
+from numpy.typing import NDArray
 
-from pipeline.hostpixels import decode_into
 from pipeline.images.decode import BadImage
 from pipeline.images.resize import read_square
-from pipeline.kernel import MESSAGE_BYTES, Kernel, load_kernel
+from pipeline.operators.compile import SOURCES, compile_library
 from tests.fuzz.mutants import list_mutants, make_jpegs, make_others
 
 ROOM_BYTES = 3 << 30  # above what the process has when it begins: a picture of 150 million pixels takes 3 GB
 CPU_S_EACH = 1.0  # on average
+MESSAGE_BYTES = 200  # as in crop.h
+TOP, LEFT, SIDE = 16, 5, 224
+Pixels = NDArray[np.uint8]
+Decode = Callable[..., Pixels]  # of bytes, and whether to crop; ValueError for what cannot be decoded
+
+
+class Crop(ctypes.Structure):
+    """As in crop.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_int) for name in ("y", "x", "is_flipped", "is_nchw", "is_uint8")),
+        *((name, ctypes.c_void_p) for name in ("bias", "mean_image", "factor")),
+    ]
 
 
 def main() -> None:
@@ -30,20 +45,20 @@ def main() -> None:
     seeds = make_jpegs() + make_jpegs(700) if kind == "jpeg" else make_others()
     torch.set_num_threads(1)
     read_square(seeds[0])
-    kernel = load_kernel()
+    decode = load_decoder()
     limit(last - first)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     found: dict[str, Any] = {"mutants": 0, "prepared": 0, "repaired": 0, "failures": 0, "fed": 0, "refused": 0}
-    found |= {"decoders_differ": 0, "out_of_memory": 0, "slowest_s": 0.0}
+    found |= {"damaged_below_the_crop": 0, "out_of_memory": 0, "slowest_s": 0.0}
     for _, data in list_mutants(seeds, range(first, last)):
         found["mutants"] += 1
         start_s = time.process_time()
         prepare(data, found)
         if kind == "jpeg":
-            feed(data, kernel, found)
+            feed(data, decode, found)
         found["slowest_s"] = max(found["slowest_s"], time.process_time() - start_s)
     found["peak_mib"] = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-    found["kernel"] = kernel is not None and kernel.decode is not None
+    found["own_decoder"] = decode is not None
     print(json.dumps(found))
 
 
@@ -71,37 +86,60 @@ def prepare(data: bytes, found: dict[str, Any]) -> None:
         found["repaired"] += square.repair is not None
 
 
-def feed(data: bytes, kernel: Kernel | None, found: dict[str, Any]) -> None:
-    """As the loaders do, by both decoders: a whole picture of 256x256, or an error in words."""
-    image = np.zeros((256, 256, 3), np.uint8)
-    stored = np.frombuffer(data, np.uint8)
+def feed(data: bytes, decode: Decode | None, found: dict[str, Any]) -> None:
+    """A whole picture of 256x256, or an error in words. decode.c judges the whole as the strict codec does, but that it
+    converts no CMYK, and the crop as the whole, but for damage below it."""
+    strict = attempt(decode_strictly, data)
+    found["fed" if strict is not None else "refused"] += 1
+    if decode is None:
+        return
+    whole, crop = attempt(decode, data), attempt(decode, data, True)
+    if whole is not None and crop is not None:
+        assert strict is not None and (whole == strict).all()
+        assert (crop == whole[TOP : TOP + SIDE, LEFT : LEFT + SIDE]).all()
+        return
+    assert whole is None
+    assert strict is None or simplejpeg.decode_jpeg_header(data)[2] == "CMYK"
+    found["damaged_below_the_crop"] += crop is not None
+
+
+def attempt(decode: Callable[..., Pixels], data: bytes, *options: bool) -> Pixels | None:
     try:
-        decode_into(stored, image)
-        is_read = True
+        return decode(data, *options)
     except ValueError as error:
         assert str(error)
-        is_read = False
-    found["fed" if is_read else "refused"] += 1
-    if kernel is None or kernel.decode is None:
-        return
-    out, message = torch.zeros(224 * 224 * 3, dtype=torch.uint8), ctypes.create_string_buffer(MESSAGE_BYTES)
-    address, size = np.array([stored.ctypes.data], np.uint64), np.array([len(data)], np.uint64)
-    offset, flip = np.array([[16, 16]], np.int32), np.zeros(1, np.int32)
-    bias, factor = np.zeros((1, 3), np.float32), np.ones(3, np.float32)
-    failed = kernel.decode(
-        1,
-        *(array.ctypes.data for array in (address, size, offset, flip, bias)),
-        None,
-        factor.ctypes.data,
-        out.data_ptr(),
-        0,
-        1,
-        message,
-    )
-    assert failed in (-1, 0) and (failed == -1) == (not message.value)
-    if is_read and failed == -1:
-        assert (out.numpy().reshape(224, 224, 3) == image[16:240, 16:240]).all()
-    found["decoders_differ"] += is_read != (failed == -1)
+        return None
+
+
+def decode_strictly(data: bytes) -> Pixels:
+    """By simplejpeg, up to the end marker. Raises ValueError for what is no JPEG of 256x256."""
+    pixels = simplejpeg.decode_jpeg(data, "RGB", buffer=np.zeros((256, 256, 3), np.uint8))
+    if pixels.shape != (256, 256, 3):
+        raise ValueError(f"{pixels.shape[1]}x{pixels.shape[0]} px")
+    return pixels
+
+
+def load_decoder() -> Decode | None:
+    """decode.c: the whole picture, or the crop at (TOP, LEFT), or ValueError; None where it cannot be compiled."""
+    library = compile_library(SOURCES / "decode.c", libraries=("-ljpeg",))
+    if library is None:
+        return None
+    bias, factor = np.zeros(3, np.float32), np.ones(3, np.float32)
+    window = Crop(TOP, LEFT, 0, 0, 1, bias.ctypes.data, None, factor.ctypes.data)
+    window.held = bias, factor
+
+    def decode(data: bytes, is_cropped: bool = False) -> Pixels:
+        side = SIDE if is_cropped else 256
+        out, message = torch.zeros(side, side, 3, dtype=torch.uint8), ctypes.create_string_buffer(MESSAGE_BYTES)
+        where = ctypes.byref(window) if is_cropped else None
+        size, address = ctypes.c_size_t(len(data)), ctypes.c_void_p(out.data_ptr())
+        failed = library.decode_image(data, size, where, address, message)
+        assert failed in (0, 1) and bool(failed) == bool(message.value)
+        if failed:
+            raise ValueError(message.value.decode())
+        return out.numpy()
+
+    return decode
 
 
 if __name__ == "__main__":

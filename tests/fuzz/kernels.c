@@ -6,7 +6,7 @@
    followed by what we read of them. Prints how many were decoded and how many refused. */
 
 #define _GNU_SOURCE
-#include "../../pipeline/decode.c"
+#include "../../pipeline/operators/decode.c"
 
 #include <stdlib.h>
 #include <unistd.h>
@@ -45,21 +45,23 @@ static long decode_file(const char *path, long *refused)
         if (fread(data, 1, size, file) != size)
             abort();
         const int is_uint8 = number & 1, is_nchw = number >> 1 & 1, flip = number >> 2 & 1;
-        const int32_t offset[1][2] = {{number % 33, number / 33 % 33}}, flips[1] = {flip};
-        const float bias[1][3] = {{1, 2, 3}};
-        const uint8_t *of[1] = {data};
-        const size_t sizes[1] = {size};
+        const float bias[3] = {1, 2, 3};
+        const int y = number % 33, x = number / 33 % 33;
+        const Crop crop = {y, x, flip, is_nchw, is_uint8, bias, number & 8 ? mean : NULL, factor};
         void *out = exactly(3 * PIXELS * (is_uint8 ? 1 : sizeof(float)));
-        char *message = exactly(JMSG_LENGTH_MAX);
-        if (decode(1, of, sizes, offset, flips, bias, number & 8 ? mean : NULL, factor, out, is_nchw, is_uint8,
-                   message) < 0)
+        void *whole = exactly(3 * STORED_SIDE * STORED_SIDE);
+        char *message = exactly(MESSAGE_BYTES);
+        if (decode_image(data, size, &crop, out, message) == 0)
             decoded++;
         else {
             (*refused)++;
-            if (strnlen(message, JMSG_LENGTH_MAX) == JMSG_LENGTH_MAX || !message[0])
+            if (strnlen(message, MESSAGE_BYTES) == MESSAGE_BYTES || !message[0])
                 abort();
+            if (decode_image(data, size, NULL, whole, message) == 0)
+                abort(); /* the whole includes the crop */
         }
-        free(out), free(message), free(data);
+        decode_image(data, size, NULL, whole, message);
+        free(out), free(whole), free(message), free(data);
     }
     free(mean), fclose(file);
     return decoded;
@@ -67,7 +69,7 @@ static long decode_file(const char *path, long *refused)
 
 static void finish_everywhere(void)
 {
-    const float factor[3] = {0.5f, 1, 2}, bias[1][3] = {{1, 2, 3}};
+    const float factor[3] = {0.5f, 1, 2}, bias[3] = {1, 2, 3};
     const size_t bytes = 3 * STORED_SIDE * STORED_SIDE;
     uint8_t *pixels = exactly(bytes);
     float *mean = exactly(3 * PIXELS * sizeof(float));
@@ -75,26 +77,24 @@ static void finish_everywhere(void)
     FILE *file = tmpfile();
     if (!file || fwrite(pixels, 1, bytes, file) != bytes || fflush(file))
         abort();
-    const int32_t files[1] = {fileno(file)};
-    const int64_t starts[1] = {0}, behind[1] = {4096};
     for (int kind = 0; kind < 16; kind++) {
-        const int is_uint8 = kind & 1, is_nchw = kind >> 1 & 1;
-        const int32_t flips[1] = {kind >> 2 & 1};
-        void *out = exactly(3 * PIXELS * (is_uint8 ? 1 : sizeof(float)));
-        char message[JMSG_LENGTH_MAX];
+        Crop crop = {0, 0, kind >> 2 & 1, kind >> 1 & 1, kind & 1, bias, kind & 8 ? mean : NULL, factor};
+        void *out = exactly(3 * PIXELS * (crop.is_uint8 ? 1 : sizeof(float)));
+        char message[MESSAGE_BYTES];
         for (int at = 0; at <= 32; at += 4) {
-            const int32_t offset[1][2] = {{at, 32 - at}};
-            finish(pixels + 3 * (at * STORED_SIDE + 32 - at), 3 * STORED_SIDE, flips[0], bias[0],
-                   kind & 8 ? mean : NULL, factor, out, is_nchw, is_uint8);
-            if (finish_stored(1, files, starts, offset, flips, bias, kind & 8 ? mean : NULL, factor, out, is_nchw,
-                              is_uint8, message) != -1)
+            crop.y = at, crop.x = 32 - at;
+            if (read_image(fileno(file), 0, &crop, out, message))
                 abort();
         }
-        const int32_t last[1][2] = {{32, 0}};
-        if (finish_stored(1, files, behind, last, flips, bias, NULL, factor, out, is_nchw, is_uint8, message) != 0)
-            abort(); /* the file ends within the image */
+        if (!read_image(fileno(file), 4096, &crop, out, message)) /* its last rows are behind the file's end */
+            abort();
         free(out);
     }
+    void *whole = exactly(bytes);
+    char message[MESSAGE_BYTES];
+    if (read_image(fileno(file), 0, NULL, whole, message) || !read_image(fileno(file), 1, NULL, whole, message))
+        abort();
+    free(whole);
     free(pixels), free(mean), fclose(file);
 }
 

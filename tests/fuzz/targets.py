@@ -13,10 +13,8 @@ from typing import NamedTuple
 
 from pipeline.colors import COLOR_FILE, MEAN_IMAGE_FILE, ColorStats
 from pipeline.common.errors import UserError
-from pipeline.indexfile import check_index, check_places
 from pipeline.manifest import MANIFEST
-from pipeline.shards import ShardSet
-from pipeline.stored import SampleTable
+from pipeline.shards import ShardSet, check_index, check_places, read_index
 
 Read = Callable[[bytes], bool]  # whether the bytes were read; False: refused
 NUM_READ_BACK = 4  # entries of a source that are read as well as listed
@@ -77,8 +75,8 @@ def refuses_in_one_line(read: Callable[[], object]) -> bool:
 def _read_index(shards: ShardSet) -> None:
     shard, path = shards.shards("train")[0], shards.indices("train")[0]
     check_index(path, shard, "jpg")
-    check_places(path, shard)
-    SampleTable(shards, "train")
+    check_places(path, shard, "jpg")
+    read_index(path, shard, "jpg")
 
 
 def _check_shard(path: Path, data: bytes) -> bool:

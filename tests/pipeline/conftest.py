@@ -1,12 +1,14 @@
 """What the tests of loaders share: the mini-set as JPEG and as raw shards, and loaders on it with short batches."""
 
 import shutil
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 from pipeline.colors import ColorStats
 from pipeline.loader import EvalLoader, TrainLoader
+from pipeline.options import LoaderOptions, Transform
 from pipeline.shards import ShardSet
 from tests.pipeline.loading import make_raw
 
@@ -37,19 +39,29 @@ def private_shards(shards: ShardSet, tmp_path: Path) -> ShardSet:
     return ShardSet.open(shutil.copytree(shards.root, tmp_path / "shards"))
 
 
+def split_options(given: dict) -> tuple[Transform, LoaderOptions, dict]:
+    """Keywords sorted by whose they are: the transform's, the options', the loader's own."""
+    names = [{field.name for field in fields(kind)} for kind in (Transform, LoaderOptions)]
+    of_transform, of_options = ({name: given[name] for name in given if name in known} for known in names)
+    own = {name: value for name, value in given.items() if name not in set.union(*names)}
+    return Transform(**of_transform), LoaderOptions(**of_options), own
+
+
 @pytest.fixture
 def make_train(shards: ShardSet, colors: ColorStats):
-    def make(**options) -> TrainLoader:
-        given = {"global_batch_size": 8, "seed": 5, "num_threads": 2, "with_draws": True, "mean": "channel", **options}
-        return TrainLoader(given.pop("shards", shards), colors, **given)
+    def make(**given) -> TrainLoader:
+        given = {"global_batch_size": 8, "seed": 5, "num_threads": 2, "mean": "channel", **given}
+        transform, options, own = split_options(given)
+        return TrainLoader(own.pop("shards", shards), colors, transform, options, **own)
 
     return make
 
 
 @pytest.fixture
 def make_eval(shards: ShardSet, colors: ColorStats):
-    def make(**options) -> EvalLoader:
-        given = {"batch_size": 3, "num_threads": 2, "mean": "channel", **options}
-        return EvalLoader(given.pop("shards", shards), colors, **given)
+    def make(**given) -> EvalLoader:
+        given = {"batch_size": 3, "num_threads": 2, "mean": "channel", **given}
+        transform, options, own = split_options(given)
+        return EvalLoader(own.pop("shards", shards), colors, transform, options, **own)
 
     return make

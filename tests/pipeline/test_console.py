@@ -46,7 +46,8 @@ def do(what, path):
             file.write(f"{file.fileno()} "); file.flush()
             subprocess.run([sys.executable, "-c", "import os; os.fstat(1); os.fstat(2); print('open')"], stdout=file)
     if what == "pipe": [console.say("x" * 1000) for _ in range(1000)]
-    if what == "progress":
+    if what == "quiet": console.set_voice("quiet")
+    if what in ("progress", "quiet"):
         with console.Progress("work", 4, "images") as progress:
             for _ in range(4): progress.advance(1, failures="0")
 
@@ -164,17 +165,27 @@ def test_a_broken_pipe_that_is_not_a_stream_is_told():
     assert (done.returncode, done.stdout, done.stderr) == (1, "", "error: Broken pipe\n")
 
 
-def test_progress_draws_a_bar_on_a_terminal_and_no_control_codes_elsewhere():
-    assert run("do", "progress").stderr == ""
+def show(what: str) -> bytes:
+    """What the program writes to a terminal."""
     reader, terminal = pty.openpty()
-    run("do", "progress", capture_output=False, stderr=terminal, env={**os.environ, "TERM": "xterm", "COLUMNS": "100"})
+    run("do", what, capture_output=False, stderr=terminal, env={**os.environ, "TERM": "xterm", "COLUMNS": "100"})
     os.close(terminal)
     shown = b""
     with contextlib.suppress(OSError):  # the end of a terminal nobody holds any more
         while part := os.read(reader, 4096):
             shown += part
     os.close(reader)
+    return shown
+
+
+def test_progress_draws_a_bar_on_a_terminal_and_no_control_codes_elsewhere():
+    assert run("do", "progress").stderr == ""
+    shown = show("progress")
     assert b"\x1b[" in shown and b"4/4" in shown and b"failures 0" in shown
+
+
+def test_who_is_to_be_quiet_draws_no_bar():
+    assert show("quiet").replace(console.SHOW_CURSOR.encode(), b"") == b""
 
 
 def test_work_goes_on_though_the_terminal_of_its_bar_was_closed():

@@ -2,8 +2,10 @@
 of README.md."""
 
 import re
+from dataclasses import fields
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 
@@ -63,6 +65,23 @@ def test_the_documents_loop_trains_and_evaluates_a_net_that_is_not_ours(ready_sh
     assert names["num_right"] <= 24 and names["num_seen"] == 24  # every validation image once
 
 
+def test_the_documents_options_are_those_of_the_loader(ready_shards):
+    from pipeline import ColorStats, LoaderOptions, ShardSet, TrainLoader, Transform
+
+    text = DOCUMENT.read_text(encoding="utf-8")
+    for kind in (Transform, LoaderOptions):
+        table = text.split(f"\n| `{kind.__name__}(...)` |")[1].split("\n\n")[0].splitlines()[2:]
+        named = [name for row in table for name in re.findall(r"`(\w+)`", row.split("|")[1])]
+        assert named == [field.name for field in fields(kind)]
+    shards = ShardSet.open(ready_shards)
+    names = {"shards": shards, "colors": ColorStats.load(ready_shards, shards.fingerprint)}
+    names |= {"TrainLoader": TrainLoader, "transform": Transform()}
+    program = read_programs(DOCUMENT)[1].replace('"gpu"', '"cpu"').replace("256", "8")
+    exec(compile(program, str(DOCUMENT), "exec"), names)
+    assert (names["loader"].spec.num_on_host, names["loader"].spec.num_threads) == (2, 8)
+    assert len(next(iter(names["loader"])).images) == 8
+
+
 def test_the_readmes_loop_sees_every_epoch_whole(ready_shards):
     (program,) = read_programs(ROOT / "README.md")
     for written, here in {
@@ -82,6 +101,21 @@ def test_the_readmes_loop_sees_every_epoch_whole(ready_shards):
     }
 
 
+def test_a_state_by_other_operators_is_refused_and_both_are_named(ready_shards, monkeypatch):
+    from pipeline import ColorStats, ShardSet, TrainLoader, UserError
+    from pipeline.operators import load_operators
+
+    if not load_operators():
+        pytest.skip("the operators cannot be compiled here: no C++ compiler, or no headers of libjpeg-turbo")
+    shards = ShardSet.open(ready_shards)
+    colors = ColorStats.load(ready_shards, shards.fingerprint)
+    state = TrainLoader(shards, colors, global_batch_size=8).state_dict()
+    monkeypatch.setenv("ALEXNET_OPERATORS", "stock")
+    words = "decoder cpu, our own operators, this one has cpu, DALI's operators"
+    with pytest.raises(UserError, match=words):
+        TrainLoader(shards, colors, global_batch_size=8).load_state_dict(state)
+
+
 def test_the_documents_resuming_goes_on_where_it_was(ready_shards, tmp_path, monkeypatch):
     from pipeline import ColorStats, ShardSet, TrainLoader
 
@@ -92,7 +126,7 @@ def test_the_documents_resuming_goes_on_where_it_was(ready_shards, tmp_path, mon
     batches = iter(loader)
     for _ in range(3):
         next(batches)
-    save, load = read_programs(DOCUMENT)[1].strip().split("\n\n")
+    save, load = read_programs(DOCUMENT)[2].strip().split("\n\n")
     exec(compile(save, str(DOCUMENT), "exec"), {"torch": torch, "loader": loader})
     exec(compile(load, str(DOCUMENT), "exec"), {"torch": torch, "loader": fresh})
     assert fresh.step == 3

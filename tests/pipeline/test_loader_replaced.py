@@ -23,7 +23,6 @@ def write_label(shards: ShardSet, split: str, label: bytes) -> str:
 
 READERS = {
     "train": lambda shards, make_train, make_eval: make_train(shards=shards),
-    "stored": lambda shards, make_train, make_eval: make_train(shards=shards, cache="raw"),
     "eval": lambda shards, make_train, make_eval: make_eval(shards=shards),
     "pixels": lambda shards, make_train, make_eval: read_pixels(shards, batch_size=4),
 }

@@ -11,6 +11,7 @@ from pipeline import graph
 from pipeline.colors import ColorStats
 from pipeline.loader import TrainLoader
 from pipeline.manifest import MANIFEST, SCHEMA, index_header
+from pipeline.options import LoaderOptions, make_spec
 from pipeline.shards import ShardSet
 from tests.tools.forging import write_json
 
@@ -67,8 +68,8 @@ def read_epochs(path: Path, num_epochs: int) -> list[list[int]]:
     products = [[pixels * 128 * 128 + (pixels if i == j else 0) for j in range(3)] for i in range(3)]
     image_sum = np.full((256, 256, 3), 128 * NUM_SAMPLES, np.int64)
     colors = ColorStats.from_sums(NUM_SAMPLES, products, image_sum, shards.fingerprint)
-    loader = TrainLoader(shards, colors, global_batch_size=BATCH_SIZE, num_threads=1, with_draws=True)
-    return [[int(key) for _ in loader for key in loader.draws.keys] for _ in range(num_epochs)]
+    loader = TrainLoader(shards, colors, options=LoaderOptions(num_threads=1), global_batch_size=BATCH_SIZE)
+    return [[key for _ in loader for key in loader.keys.tolist()] for _ in range(num_epochs)]
 
 
 def count_classes(epoch: list[int]) -> float:
@@ -104,7 +105,7 @@ def test_a_buffer_of_a_fifth_of_an_epoch_still_mixes_several_shards_and_reorders
 
 def test_the_buffer_is_bounded_whatever_the_size_of_the_set(sorted_shards, monkeypatch):
     shards = ShardSet.open(sorted_shards)
-    feed = graph.Feed(split="train", batch_size=16, rank=0, world_size=2, device="cpu", device_id=None, num_threads=1)
-    assert graph.count_buffered(shards, feed) == NUM_SAMPLES // 2
+    spec = make_spec(shards, "train", LoaderOptions(), batch_size=16, device="cpu", world_size=2)
+    assert graph.count_buffered(shards, spec) == NUM_SAMPLES // 2
     monkeypatch.setattr(graph, "MAX_BUFFERED_SAMPLES", 64)
-    assert graph.count_buffered(shards, feed) == 64
+    assert graph.count_buffered(shards, spec) == 64

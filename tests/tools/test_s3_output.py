@@ -70,7 +70,7 @@ def test_shards_go_at_the_top_of_a_bucket_too(s3_bucket, small_tree):
 def test_what_is_in_the_bucket_opens_as_a_set_of_shards(s3_bucket, small_tree, tmp_path):
     make(small_tree, f"{s3_bucket.url}/shards")
     shards = ShardSet.open(f"{s3_bucket.url}/shards", cache_dir=tmp_path / "cache")
-    shards.wait("train")
+    shards.fetch("train")
     assert shards.num_samples("train") == 12
 
 

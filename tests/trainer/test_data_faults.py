@@ -108,7 +108,7 @@ def test_evaluation_on_two_ranks_names_it_once_and_ends(spoilt, tmp_path, capfd,
         expected = f"sample {garble_one_image(spoilt, 'val')} cannot be decoded ("
     else:
         expected = f"sample {write_label(spoilt, 'val', b'00009')} has the label"
-    job = ensemble.Job(nets=(run,), checkpoint="best", shards=str(spoilt.root), use_gpu=False, num_threads=1)
+    job = ensemble.Job(nets=(run,), checkpoint="best", shards=str(spoilt.root), use_gpu=False)
     assert launch(ensemble.run_rank, (job,), 2) == 1
     assert_one_line(capfd.readouterr().err, f"val-000001.tar: {expected}")
 

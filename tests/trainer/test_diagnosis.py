@@ -22,7 +22,6 @@ BALANCED_GPU = Readings(
     num_ranks=2,
     num_gpus_visible=2,
     raw_bytes=234 * GIB,
-    memory_bytes=128 * GIB,
 )
 
 
@@ -55,7 +54,7 @@ def test_a_limiting_step_says_what_the_loader_gives_and_asks_for_bf16_and_more_g
 
 
 def test_a_limiting_step_on_the_cpu_asks_for_a_gpu_and_not_for_bf16():
-    on_cpu = {"feed": 2_000, "step": 40, "together": 39, "on_gpu": False, "num_ranks": 1, "decode": "host"}
+    on_cpu = {"feed": 2_000, "step": 40, "together": 39, "on_gpu": False, "num_ranks": 1, "decode": "cpu"}
     assert given(**on_cpu, num_gpus_visible=0).advice[0].startswith("the network runs on the CPU: a GPU")
     assert given(**on_cpu).advice == ("more GPUs are visible: --gpus 2",)
 
@@ -69,29 +68,25 @@ def test_idle_cores_are_offered_to_the_decoder_first():
     assert "--threads" not in " ".join(given(**SLOW_FEED).advice)
 
 
-@pytest.mark.parametrize("decode", ["mixed", "host"])
+@pytest.mark.parametrize("decode", ["mixed", "cpu"])
 def test_decoding_on_one_device_leads_to_decoding_on_both(decode):
     assert f"(now {decode}): --decode hybrid" in given(**SLOW_FEED, decode=decode).advice[0]
 
 
 def test_hybrid_decoding_is_not_advised_where_it_runs_or_cannot():
     assert "hybrid" not in " ".join(given(**SLOW_FEED, decode="hybrid").advice)
-    assert "hybrid" not in " ".join(given(**SLOW_FEED, on_gpu=False, decode="host").advice)
+    assert "hybrid" not in " ".join(given(**SLOW_FEED, on_gpu=False, decode="cpu").advice)
 
 
-def test_images_that_lie_in_memory_are_not_to_be_decoded_otherwise():
-    advice = " ".join(given(**SLOW_FEED, decode="stored").advice)
-    assert "from memory already" in advice and "--cache" not in advice and "--encoding" not in advice
-
-
-def test_images_are_held_undecoded_in_memory_only_where_they_fit_with_room_to_spare():
-    assert "holds 2.0 GiB of memory" in " ".join(given(**SLOW_FEED, raw_bytes=2 * GIB).advice)
-    too_large = " ".join(given(**SLOW_FEED).advice)
-    assert "--cache raw" not in too_large and "234.0 GiB of disk, alexnet-prep shard --encoding raw" in too_large
+def test_decoded_images_are_kept_where_a_gpu_decodes_and_lie_on_the_disk_elsewhere():
+    advice = " ".join(given(**SLOW_FEED, raw_bytes=2 * GIB).advice)
+    assert "--cache-gib 2.0 keeps all decoded images in the GPU's memory" in advice
+    on_cpu = " ".join(given(**SLOW_FEED, decode="cpu").advice)
+    assert "--cache-gib" not in on_cpu and "234.0 GiB of disk, alexnet-prep shard --encoding raw" in on_cpu
 
 
 def test_the_disk_is_suspected_when_the_loader_stays_far_from_decoding_alone():
-    on_cpu = {"feed": 1_000, "together": 990, "on_gpu": False, "decode": "host"}
+    on_cpu = {"feed": 1_000, "together": 990, "on_gpu": False, "decode": "cpu"}
     assert "alexnet-prep doctor" in given(**on_cpu, decode_limit=4_000).advice[-1]
     near = given(**on_cpu, decode_limit=1_200)
     assert "83% of decoding alone, so leave decoding out" in near.advice[0]
@@ -107,10 +102,10 @@ def test_raw_shards_lead_to_the_disk_and_not_to_raw_shards(decode_limit, words):
 def test_overlap_on_a_gpu_leads_to_what_is_shared():
     lost = {"feed": 10_000, "step": 10_000, "together": 6_000}
     assert given(**lost).advice == (
-        "decoding (mixed) and step share the GPU: compare with --decode host",
+        "decoding (mixed) and step share the GPU: compare with --decode cpu",
         "2 x 8 decoding threads leave none of 16 cores to the ranks themselves: --threads 7",
     )
-    assert "torch.profiler" in given(**lost, decode="host", threads_per_rank=6).advice[0]
+    assert "torch.profiler" in given(**lost, decode="cpu", threads_per_rank=6).advice[0]
     assert "60% of the slower one" in given(**lost).finding
 
 
@@ -124,7 +119,7 @@ def test_overlap_on_a_gpu_leads_to_what_is_shared():
 )
 def test_overlap_on_the_cpu_leads_to_the_part_that_takes_most_of_an_images_time(feed, step, words, absent):
     both = 1 / (1 / feed + 1 / step)
-    on_cpu = {"on_gpu": False, "decode": "host", "num_ranks": 1, "num_gpus_visible": 0}
+    on_cpu = {"on_gpu": False, "decode": "cpu", "num_ranks": 1, "num_gpus_visible": 0}
     found = given(feed=feed, step=step, together=min(both, 0.8 * min(feed, step)), **on_cpu)
     assert found.limit == "overlap" and "same 16 cores" in found.finding
     assert words in found.advice[0] and absent not in " ".join(found.advice)
@@ -133,7 +128,7 @@ def test_overlap_on_the_cpu_leads_to_the_part_that_takes_most_of_an_images_time(
 def test_there_is_always_something_to_change():
     for on_gpu in (True, False):
         for encoding in ("jpeg", "raw"):
-            for decode in ("host", "mixed", "hybrid", "stored"):
+            for decode in ("cpu", "mixed", "hybrid"):
                 for rates in ((1, 2, 1), (2, 1, 1), (1, 1, 0.5), (1, 9, 0.5), (9, 1, 0.5)):
                     feed, step, together = (1000 * rate for rate in rates)
                     for limit in (800, 1_000, 100_000):

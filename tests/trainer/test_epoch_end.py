@@ -36,7 +36,7 @@ def test_the_schedules_news_are_told_and_recorded_without_validation_images_too(
 ):
     for name, shards in (("with", ready_shards), ("without", train_only)):
         job = Job(
-            shards=str(shards), runs=tmp_path, name=name, recipe=RECIPE, seed=0, use_gpu=False, num_threads=1,
+            shards=str(shards), runs=tmp_path, name=name, recipe=RECIPE, seed=0, use_gpu=False,
             tensorboard=False,
         )  # fmt: skip
         assert train.run_rank(job) == 0

@@ -6,6 +6,7 @@ import torch
 
 from pipeline.colors import ColorStats
 from pipeline.common.errors import UserError
+from pipeline.options import LoaderOptions
 from pipeline.shards import ShardSet
 from trainer.distributed import Ranks
 from trainer.evaluate import choose_dtype, count_errors, evaluate, log_probabilities, make_eval_loader
@@ -56,7 +57,7 @@ def test_ten_views_are_averaged_after_the_softmax():
 def test_an_evaluation_of_another_number_of_images_is_refused(ready_shards):
     shards = ShardSet.open(ready_shards)
     colors = ColorStats.load(shards.root, shards.fingerprint)
-    loader = make_eval_loader(shards, colors, RECIPES["demo"], CPU, "centre")
+    loader = make_eval_loader(shards, colors, RECIPES["demo"], CPU, "centre", LoaderOptions())
     assert evaluate(Linear(), loader, CPU, torch.float32, 24).num_images == 24
     with pytest.raises(UserError, match="evaluated 24 images, expected 25"):
         evaluate(Linear(), loader, CPU, torch.float32, 25)

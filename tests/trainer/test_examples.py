@@ -7,6 +7,7 @@ from PIL import Image
 
 from pipeline.colors import ColorStats
 from pipeline.loader import EvalLoader, read_pixels
+from pipeline.options import Transform
 from pipeline.shards import ShardSet
 from tests import oracle
 from trainer.examples import Examples, Guess, Neighbour, choose_shown, find_examples, first_shards, nearest, spread
@@ -40,7 +41,7 @@ def found(model, shards, colors):
 
 def look(model, shards, colors, split):
     """Probabilities, hidden layer, labels and pixels of a whole split, one plain pass."""
-    loader = EvalLoader(shards, colors, batch_size=100, split=split, mean="channel", unit_variance=True)
+    loader = EvalLoader(shards, colors, Transform(mean="channel", unit_variance=True), batch_size=100, split=split)
     ((images, labels),) = list(loader)
     kept = []
     hook = model.fc8.register_forward_hook(lambda _, inputs, __: kept.append(inputs[0]))

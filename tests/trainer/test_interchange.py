@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from torch import nn
 
 from pipeline.common.errors import UserError
-from pipeline.finish import Constants, Transform
+from pipeline.options import Transform
 from tests import oracle
 from tests.pictures import picture
 from tests.trainer.nets import DEMO, PAPER, draw_state, make_run
@@ -127,9 +127,9 @@ def test_torchvisions_preprocessing_is_ours_on_the_stored_image(tmp_path):
         expected = theirs(((unit - mean[:, None, None]) / std[:, None, None])[None]).log_softmax(1)
     got = Predictor(weights, crops="centre", device=CPU)([pixels])
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
-    constants = Constants.of(Transform("channel", None, unit_variance=True), weights.colors)
-    torch.testing.assert_close(constants.mean, 255 * mean, rtol=1e-6, atol=0)
-    torch.testing.assert_close(constants.factor, 1 / (255 * std), rtol=1e-6, atol=0)
+    constants = Transform("channel", None, unit_variance=True).constants(weights.colors)
+    torch.testing.assert_close(torch.from_numpy(constants.mean), 255 * mean, rtol=1e-6, atol=0)
+    torch.testing.assert_close(torch.from_numpy(constants.factor), 1 / (255 * std), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("form", ["npz", "old blobs", "state dict", "TensorFlow's order"])

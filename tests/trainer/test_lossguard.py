@@ -36,9 +36,7 @@ class Poisoned(run.TrainFeed):
 
 def make_job(shards: Path, runs: Path, mode: str, recipe=RECIPE) -> Job:
     safety = Safety(on_nonfinite=mode, checkpoint_minutes=0)
-    return Job(
-        shards=str(shards), runs=runs, name="run", recipe=recipe, seed=0, use_gpu=False, num_threads=1, safety=safety
-    )
+    return Job(shards=str(shards), runs=runs, name="run", recipe=recipe, seed=0, use_gpu=False, safety=safety)
 
 
 def read_lines(path: Path) -> list[dict]:

@@ -109,7 +109,7 @@ def test_a_run_that_is_out_of_memory_says_which_batch_would_fit(ready_shards, tm
     monkeypatch.setattr(run, "Learner", Small)
     monkeypatch.setattr(train, "GpuMeter", lambda: device)
     recipe = replace(DEMO, global_batch_size=32, epochs=1, schedule="milestones")
-    job = Job(shards=str(ready_shards), runs=tmp_path, name="run", recipe=recipe, seed=0, use_gpu=False, num_threads=1)
+    job = Job(shards=str(ready_shards), runs=tmp_path, name="run", recipe=recipe, seed=0, use_gpu=False)
     with pytest.raises(
         UserError, match=r"out of GPU memory with --global-batch-size 32; --global-batch-size 4 would fit"
     ):

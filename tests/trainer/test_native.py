@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from pipeline import kernel
+from pipeline.operators import compile as compiling
 from trainer import learner, native
 from trainer.distributed import Ranks
 from trainer.learner import Learner
@@ -54,14 +54,14 @@ def test_without_a_working_c_compiler_there_are_no_compiled_functions(monkeypatc
 def test_a_compiler_is_waited_for_however_long_a_process_was_frozen_meanwhile(monkeypatch):
     if load_native() is None:
         pytest.skip("no C compiler")
-    compile_now = kernel.subprocess.run
+    compile_now = compiling.subprocess.run
 
     def compile_late(*words, timeout=None, **named):
         if timeout is not None:
             raise subprocess.TimeoutExpired("cc", timeout)
         return compile_now(*words, **named)
 
-    monkeypatch.setattr(kernel.subprocess, "run", compile_late)
+    monkeypatch.setattr(compiling.subprocess, "run", compile_late)
     assert load_native.__wrapped__() is not None
 
 

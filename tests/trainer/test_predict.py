@@ -17,6 +17,7 @@ from PIL import Image
 
 from pipeline.common.errors import UserError
 from pipeline.images.resize import read_square
+from pipeline.options import LoaderOptions
 from pipeline.shards import ShardSet
 from tests.pictures import noise, picture, save
 from tests.trainer.nets import DEMO, PAPER, draw_state, make_run
@@ -60,7 +61,7 @@ def test_a_prediction_is_that_of_the_evaluation_on_the_same_stored_image(runs, r
     weights = load_run(runs / name)
     predictor = Predictor(weights, crops=crops, device=CPU)
     loader = make_eval_loader(
-        ShardSet.open(ready_shards), weights.colors, weights.recipe, Ranks(0, 1, CPU), crops=crops
+        ShardSet.open(ready_shards), weights.colors, weights.recipe, Ranks(0, 1, CPU), crops, LoaderOptions()
     )
     net = make_net(weights, CPU)
     with torch.no_grad():

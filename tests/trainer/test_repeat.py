@@ -52,11 +52,11 @@ def test_ranks_parallel_modes_feeding_and_weights_are_part_of_it():
     config = {
         "recipe": to_dict(RECIPES["paper"]), "seed": 0, "shards": "s3://bucket/shards", "world_size": 2,
         "device": "cuda", "parallel": {"mode": "columns", "gradients": "bf16"},
-        "feeding": {"decode": "mixed", "cache": "raw", "host_share": None}, "weights": {"source": "runs/a"},
+        "feeding": {"decode": "mixed", "cache_gib": 2.5, "host_share": None}, "weights": {"source": "runs/a"},
     }  # fmt: skip
     _, given, _ = read_back(repeat_command(config))
     assert given["num_gpus"] == 2 and given["parallel"] == "columns" and given["gradients"] == "bf16"
-    assert given["decode"] == "mixed" and given["cache"] == "raw" and given["weights_text"] == "runs/a"
+    assert given["decode"] == "mixed" and given["cache_gib"] == 2.5 and given["weights_text"] == "runs/a"
     _, given, start = read_back(repeat_command({**config, "device": "cpu"}))
     assert start == ["torchrun", "--nproc-per-node", "2", "-m", "trainer"] and given["num_gpus"] == 0
 

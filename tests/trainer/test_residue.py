@@ -24,7 +24,7 @@ from trainer.train import run_rank
 if __name__ == "__main__":
     shards, runs, num_ranks, epochs = sys.argv[1:]
     recipe = replace(RECIPES["demo"], width=1 / 16, global_batch_size=8, epochs=int(epochs))
-    job = Job(shards, Path(runs), "run", recipe, seed=0, use_gpu=False, num_threads=1)
+    job = Job(shards, Path(runs), "run", recipe, seed=0, use_gpu=False)
     sys.exit(launch(run_rank, (job,), int(num_ranks)) if num_ranks != "1" else run_rank(job))
 """
 

@@ -388,7 +388,7 @@ def test_an_evaluation_is_cut_where_the_checkpoint_of_its_step_is_from_before_it
 def test_a_run_on_a_full_disk_goes_on_to_its_end_and_then_says_what_it_could_not_save(ready_shards, small_disk, capsys):
     runs = small_disk(4)  # a checkpoint of the narrow net takes 3
     recipe = replace(DEMO, global_batch_size=16, epochs=3, schedule="milestones")
-    job = Job(str(ready_shards), runs, "run", recipe, seed=0, use_gpu=False, num_threads=1)
+    job = Job(str(ready_shards), runs, "run", recipe, seed=0, use_gpu=False)
     with pytest.raises(UserError, match=r"of step 12, could not be saved: .*No space.*; the one of step 4 is kept"):
         run_rank(job)
     records = [json.loads(line) for line in (runs / "run" / "metrics.jsonl").read_text().splitlines()]

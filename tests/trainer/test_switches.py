@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional
 
 from pipeline.colors import ColorStats
-from pipeline.loader import TrainLoader
+from pipeline.options import LoaderOptions
 from pipeline.shards import ShardSet
 from trainer import feed
 from trainer.distributed import Ranks
@@ -70,34 +70,28 @@ def test_dropout_sets_that_share_of_the_hidden_units_to_zero():
 
 
 @pytest.mark.parametrize(("setting", "field"), [("crop=false", 0), ("flip=false", 1), ("lighting=none", 2)])
-def test_a_setting_of_the_recipe_switches_its_augmentation_off_in_training(ready_shards, monkeypatch, setting, field):
-    monkeypatch.setattr(
-        feed, "TrainLoader", lambda *given, **named: TrainLoader(*given, **{**named, "with_draws": True})
-    )
+def test_a_setting_of_the_recipe_switches_its_augmentation_off_in_training(ready_shards, setting, field):
     shards = ShardSet.open(ready_shards)
     colors = ColorStats.load(shards.root, shards.fingerprint)
     switched = []
     for settings in ([], [setting]):
         recipe = override(RECIPES["paper"], ["global_batch_size=32", *settings])
-        loader = feed.make_train_loader(shards, colors, recipe, CPU, num_threads=1)
+        loader = feed.make_train_loader(shards, colors, recipe, CPU, 0, LoaderOptions())
         next(iter(loader))
         switched.append([bool((draw == still).all()) for draw, still in zip(loader.draws, (16, 0, 0.0), strict=False)])
     assert switched[0] == [False, False, False]
     assert [index for index, off in enumerate(switched[1]) if off] == [field]
 
 
-def test_the_colour_noise_and_its_division_end_with_the_epoch_that_the_recipe_names(ready_shards, monkeypatch):
+def test_the_colour_noise_and_its_division_end_with_the_epoch_that_the_recipe_names(ready_shards):
     """S: both off from epoch 67. Still and centred, pixels plus their mean are whole numbers again."""
-    monkeypatch.setattr(
-        feed, "TrainLoader", lambda *given, **named: TrainLoader(*given, **{**named, "with_draws": True})
-    )
     shards = ShardSet.open(ready_shards)
     colors = ColorStats.load(shards.root, shards.fingerprint)
     recipe = override(
         RECIPES["original"],
         ["global_batch_size=32", "mean=channel", "crop=false", "flip=false", "lighting_off_epoch=3"],
     )
-    fed = feed.TrainFeed(shards, colors, recipe, CPU, seed=0, num_threads=1)
+    fed = feed.TrainFeed(shards, colors, recipe, CPU, seed=0, options=LoaderOptions())
     noisy, whole = [], []
     for epoch in (1, 2, 3, 4):
         fed.begin_epoch(epoch)

@@ -126,9 +126,7 @@ def test_the_answers_are_those_of_an_evaluation_with_names_as_they_are(material,
 def test_samples_are_what_the_evaluation_sees(material, recipe):
     shards, colors = material
     samples = read_samples(shards, colors, recipe, num=5)
-    loader = EvalLoader(
-        shards, colors, batch_size=24, mean=recipe.mean, unit_variance=recipe.unit_variance, layout="NHWC"
-    )
+    loader = EvalLoader(shards, colors, recipe.transform(train=False), batch_size=24)
     ((images, labels),) = list(loader)
     places = choose_shown(labels.tolist(), 5)
     assert samples.labels == labels[places].tolist()

@@ -14,6 +14,7 @@ import torch
 
 from pipeline.colors import ColorStats
 from pipeline.common.errors import UserError
+from pipeline.options import LoaderOptions
 from pipeline.shards import ShardSet
 from trainer import checkpoint
 from trainer.distributed import Ranks, gather, join
@@ -49,7 +50,7 @@ if __name__ == "__main__":
 
 def make_job(shards: Path, runs: Path, **changes) -> Job:
     return Job(**{"shards": str(shards), "runs": runs, "name": "run", "recipe": RECIPE, "seed": 0, "use_gpu": False,
-                  "num_threads": 1, **changes})  # fmt: skip
+                  **changes})  # fmt: skip
 
 
 def compare_feeds(shards: str, variants: tuple[dict, ...]) -> int:
@@ -59,7 +60,8 @@ def compare_feeds(shards: str, variants: tuple[dict, ...]) -> int:
         for changes in variants:
             recipe = replace(RECIPE, **changes)
             apart, whole = (
-                TrainFeed(opened, colors, recipe, ranks, seed=5, num_threads=1, whole=whole) for whole in (False, True)
+                TrainFeed(opened, colors, recipe, ranks, seed=5, options=LoaderOptions(), whole=whole)
+                for whole in (False, True)
             )
             for _, own, both in zip(range(3), apart, whole, strict=False):
                 expected = torch.cat(gather(own.images.clone(), ranks))

@@ -1,10 +1,25 @@
 """Indices that do not go with their tars: refused by name before anything is read, or named when reading has failed."""
 
+import tarfile
+
 import pytest
 
 from pipeline.common.errors import UserError
-from pipeline.indexfile import check_index, check_places, find_damage
-from pipeline.shards import ShardSet
+from pipeline.shards import ShardSet, check_index, check_places, find_damage, read_index
+
+
+def test_an_index_says_where_each_image_and_label_lies_in_its_tar(shards, raw_shards):
+    for found, ending in ((shards, "jpg"), (raw_shards, "rgb")):
+        for shard, tar, path in zip(found.shards("train"), found.tars("train"), found.indices("train"), strict=True):
+            with tarfile.open(tar) as archive:
+                members = {member.name: member for member in archive}
+            index = read_index(path, shard, ending)
+            names = [f"{key:09d}" for key in index.keys.tolist()]
+            images, labels = ([members[f"{name}.{kind}"] for name in names] for kind in (ending, "cls"))
+            assert index.offsets.tolist() == [member.offset_data for member in images]
+            assert index.sizes.tolist() == [member.size for member in images]
+            assert index.labels.tolist() == [member.offset_data for member in labels]
+            assert len(members) == 2 * shard.samples and all(member.size == 5 for member in labels)
 
 
 def edit_row(shards: ShardSet, number: int, change) -> None:
@@ -26,7 +41,7 @@ def test_every_index_that_was_made_is_accepted(shards, raw_shards):
         for split in ("train", "val"):
             for shard, path in zip(found.shards(split), found.indices(split), strict=True):
                 check_index(path, shard, ending)
-                check_places(path, shard)
+                check_places(path, shard, ending)
             find_damage(found, split)
 
 

@@ -1,4 +1,4 @@
-/* One image: uint8 pixels -> float32, as hostfinish.py does with torch, to the same bits, in one pass over the memory.
+/* One image: uint8 pixels -> float32, in one pass over the memory, to the bits of torch's operations in this order.
 
    out = ((float)pixel + bias - mean_image) * factor, each step rounded; compile with -ffp-contract=off.
    A row is worked out in the first-level cache and then stored past the caches: storing the usual way would first read
@@ -6,14 +6,14 @@
 
 #include <emmintrin.h>
 #include <errno.h>
-#include <stddef.h>
-#include <stdint.h>
 #include <stdio.h>
 #include <string.h>
 #include <tmmintrin.h>
 #include <unistd.h>
 
-enum { SIDE = 224, ROW = 3 * SIDE, PIXELS = SIDE * SIDE, STORED_SIDE = 256, ROWS_A_READ = 112, MESSAGE_BYTES = 200 };
+#include "crop.h"
+
+enum { ROW = 3 * SIDE, PIXELS = SIDE * SIDE, ROWS_A_READ = 112 };
 
 /* Mirror a row, five pixels at a time, from the last to the first; `to` has room for 16 bytes more. */
 static void flip_row(uint8_t *to, const uint8_t *from)
@@ -67,47 +67,44 @@ static void store_bytes(uint8_t *to, const uint8_t *from, int num)
         _mm_stream_si128((__m128i *)(to + i), _mm_loadu_si128((const __m128i *)(from + i)));
 }
 
-/* What becomes of one image. bias, factor: 3 numbers; mean_image: NULL, or laid out like out, which is 16-byte aligned:
-   (224, 224, 3), or (3, 224, 224) if is_nchw. If is_uint8, out is bytes, the pixels as they are. */
 typedef struct {
-    const float *bias, *mean_image, *factor;
+    Crop crop;
     void *out;
-    int is_flipped, is_nchw, is_uint8;
     float biases[ROW], factors[ROW];
     Orders orders;
 } View;
 
-static void begin_view(View *view, int is_flipped, const float *bias, const float *mean_image, const float *factor,
-                       void *out, int is_nchw, int is_uint8)
+static void begin_view(View *view, const Crop *crop, void *out)
 {
-    view->bias = bias, view->mean_image = mean_image, view->factor = factor, view->out = out;
-    view->is_flipped = is_flipped, view->is_nchw = is_nchw, view->is_uint8 = is_uint8;
+    view->crop = *crop, view->out = out;
     make_orders(view->orders);
     for (int i = 0; i < ROW; i++) {
-        view->biases[i] = bias[i % 3];
-        view->factors[i] = factor[i % 3];
+        view->biases[i] = crop->bias[i % 3];
+        view->factors[i] = crop->factor[i % 3];
     }
 }
 
+/* Row y of the result, from the 224 pixels it shows. */
 static void finish_row(View *view, const uint8_t *row, int y)
 {
     float done[ROW] __attribute__((aligned(64))), *floats = view->out;
     uint8_t flipped[ROW + 16], planes[3][SIDE], *bytes = view->out;
-    if (view->is_flipped) {
+    const Crop *crop = &view->crop;
+    if (crop->is_flipped) {
         flip_row(flipped, row);
         row = flipped;
     }
-    if (!view->is_nchw) {
+    if (!crop->is_nchw) {
         const ptrdiff_t start = y * ROW;
-        if (view->is_uint8) {
+        if (crop->is_uint8) {
             store_bytes(bytes + start, row, ROW);
             return;
         }
         for (int i = 0; i < ROW; i++)
             done[i] = (float)row[i] + view->biases[i];
-        if (view->mean_image)
+        if (crop->mean_image)
             for (int i = 0; i < ROW; i++)
-                done[i] -= view->mean_image[start + i];
+                done[i] -= crop->mean_image[start + i];
         for (int i = 0; i < ROW; i++)
             done[i] *= view->factors[i];
         store_floats(floats + start, done, ROW);
@@ -117,30 +114,19 @@ static void finish_row(View *view, const uint8_t *row, int y)
     for (int channel = 0; channel < 3; channel++) {
         const uint8_t *plane = planes[channel];
         const ptrdiff_t start = channel * PIXELS + y * SIDE;
-        if (view->is_uint8) {
+        if (crop->is_uint8) {
             store_bytes(bytes + start, plane, SIDE);
             continue;
         }
         for (int x = 0; x < SIDE; x++)
-            done[x] = (float)plane[x] + view->bias[channel];
-        if (view->mean_image)
+            done[x] = (float)plane[x] + crop->bias[channel];
+        if (crop->mean_image)
             for (int x = 0; x < SIDE; x++)
-                done[x] -= view->mean_image[start + x];
+                done[x] -= crop->mean_image[start + x];
         for (int x = 0; x < SIDE; x++)
-            done[x] *= view->factor[channel];
+            done[x] *= crop->factor[channel];
         store_floats(floats + start, done, SIDE);
     }
-}
-
-/* pixels: the crop's first byte, its rows `stride` bytes apart. */
-void finish(const uint8_t *pixels, ptrdiff_t stride, int is_flipped, const float *bias, const float *mean_image,
-            const float *factor, void *out, int is_nchw, int is_uint8)
-{
-    View view;
-    begin_view(&view, is_flipped, bias, mean_image, factor, out, is_nchw, is_uint8);
-    for (int y = 0; y < SIDE; y++)
-        finish_row(&view, pixels + y * stride, y);
-    _mm_sfence();
 }
 
 /* 0, or an error's number; -1 for the end of the file. */
@@ -157,31 +143,28 @@ static int read_all(int file, uint8_t *to, size_t size, off_t start)
     return 0;
 }
 
-/* The same of uncompressed images (256, 256, 3): image i begins at byte starts[i] of the open file files[i], its crop at
-   offsets[i] = (y, x); out + i images. Half a crop is read at a time, into the second-level cache (16 rows: 7 % slower). Returns -1, or the
-   number of the first that cannot be read, and why in `message` (MESSAGE_BYTES). */
-int finish_stored(int num, const int32_t *files, const int64_t *starts, const int32_t (*offsets)[2],
-                  const int32_t *are_flipped, const float (*biases)[3], const float *mean_image, const float *factor,
-                  void *out, int is_nchw, int is_uint8, char *message)
+int read_bytes(int file, int64_t start, size_t size, void *out, char *message)
 {
-    const size_t image_bytes = 3 * PIXELS * (is_uint8 ? 1 : sizeof(float));
+    const int error = read_all(file, out, size, start);
+    if (error)
+        snprintf(message, MESSAGE_BYTES, "%s", error < 0 ? "the file ends there" : strerror(error));
+    return error != 0;
+}
+
+/* Half a crop is read at a time, into the second-level cache (16 rows: 7 % slower). */
+int read_image(int file, int64_t start, const Crop *crop, void *out, char *message)
+{
     uint8_t rows[ROWS_A_READ][3 * STORED_SIDE];
-    for (int i = 0; i < num; i++) {
-        View view;
-        begin_view(&view, are_flipped[i], biases[i], mean_image, factor, (char *)out + i * image_bytes, is_nchw,
-                   is_uint8);
-        for (int y = 0; y < SIDE; y++) {
-            if (y % ROWS_A_READ == 0) {
-                const off_t start = starts[i] + (off_t)(offsets[i][0] + y) * 3 * STORED_SIDE;
-                const int error = read_all(files[i], rows[0], sizeof rows, start);
-                if (error) {
-                    snprintf(message, MESSAGE_BYTES, "%s", error < 0 ? "the file ends there" : strerror(error));
-                    return i;
-                }
-            }
-            finish_row(&view, rows[y % ROWS_A_READ] + 3 * offsets[i][1], y);
-        }
+    View view;
+    if (!crop)
+        return read_bytes(file, start, 3 * STORED_SIDE * STORED_SIDE, out, message);
+    begin_view(&view, crop, out);
+    for (int y = 0; y < SIDE; y++) {
+        const int64_t row = start + (int64_t)(crop->y + y) * 3 * STORED_SIDE;
+        if (y % ROWS_A_READ == 0 && read_bytes(file, row, sizeof rows, rows, message))
+            return 1;
+        finish_row(&view, rows[y % ROWS_A_READ] + 3 * crop->x, y);
     }
     _mm_sfence();
-    return -1;
+    return 0;
 }
