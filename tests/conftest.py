@@ -18,6 +18,14 @@ from tools.synth import make_tree
 SAMPLES_PER_SHARD = 16
 
 
+@pytest.fixture(autouse=True)
+def no_safe_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command that a test runs in this process keeps the folder it is in off the path of those it starts: that is for
+    its own processes, not for those of later tests."""
+    monkeypatch.setenv("PYTHONSAFEPATH", "")  # so that it is put back afterwards
+    monkeypatch.delenv("PYTHONSAFEPATH")
+
+
 @pytest.fixture(scope="session")
 def synth_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """4 classes, 64 training and 24 validation images, odd files of every kind among them."""

@@ -1,5 +1,6 @@
 """Every command, small: what tests of all of them run, and what their words stand for."""
 
+import importlib.util
 import os
 import subprocess
 from collections.abc import Mapping
@@ -9,6 +10,8 @@ import pytest
 
 from tests.trainer.commands import NARROW, run
 
+# Not importorskip: Ray reads its token when it is imported, and other tests of this process want another.
+WITH_RAY = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed")
 TRAIN = ["alexnet-train", "--shards", "SHARDS", *NARROW, "--epochs", "1", "--gpus", "0", "--no-tensorboard"]
 _BENCH = ["--recipe", "demo", "--set", "width=0.0625", "--global-batch-size", "8", "--gpus", "0", "--seconds", "0.1"]
 # TREE: images; SHARDS: with their colours; COPY: the same, to be written to; RUN: a run on them.

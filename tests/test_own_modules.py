@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.every_command import COMMANDS, TRAIN, TWO_RANKS, fill
+from tests.every_command import COMMANDS, TRAIN, TWO_RANKS, WITH_RAY, fill
 from tests.trainer.commands import BIN, environment
 
 OWN = ("pipeline", "tools", "trainer")
@@ -45,17 +45,17 @@ def test_a_command_imports_nothing_from_the_users_folder(command, places, folder
 
 
 @pytest.mark.slow
+@WITH_RAY
 @pytest.mark.ray
 def test_rays_workers_import_nothing_from_the_users_folder(places, folder):
-    pytest.importorskip("ray", reason="ray is not installed")
     _, *words = fill(COMMANDS["shard"], places, folder)
     run_beside([str(BIN / "alexnet-prep"), *words, "--engine", "ray"], folder)
 
 
 @pytest.mark.slow
+@WITH_RAY
 @pytest.mark.ray
 def test_images_are_found_by_rays_workers_under_a_relative_name(places, tmp_path):
-    pytest.importorskip("ray", reason="ray is not installed")
     (tmp_path / "images").symlink_to(places["TREE"])
     run_beside([str(BIN / "alexnet-prep"), "shard", "images", "--engine", "ray", "--workers", "1"], tmp_path)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.documents import PROJECT, ROOT
-from tests.every_command import COMMANDS, TWO_RANKS, fill
+from tests.every_command import COMMANDS, TWO_RANKS, WITH_RAY, fill
 from tests.streams import KINDS, STDERR, STDOUT, open_broken, run_broken
 from tests.trainer.commands import NARROW, environment
 
@@ -127,10 +127,10 @@ def test_training_goes_on_to_its_end_though_nobody_reads_its_log(how, kind, unbu
 
 
 @pytest.mark.slow
+@WITH_RAY
 @pytest.mark.ray
 @pytest.mark.parametrize("kind", KINDS)
 def test_shards_are_made_by_ray_though_nobody_reads_its_log(kind, synth_tree, tmp_path):
-    pytest.importorskip("ray", reason="ray is not installed")
     words = [str(Path(sys.executable).with_name("alexnet-prep")), "shard", str(synth_tree), "--engine", "ray"]
     variables = {**environment(), "PYTHONUNBUFFERED": ""}
     status, said = run_broken([*words, "--workers", "2"], STDERR, kind, variables, tmp_path)

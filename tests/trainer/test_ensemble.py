@@ -127,9 +127,7 @@ def test_two_ranks_give_the_same_errors_and_predictions_each_image_once(runs, re
     texts, tables = [], []
     for num_ranks in (1, 2):
         table = tmp_path / f"{num_ranks}.csv"
-        job = Job(
-            tuple(map(Path, names(runs)[1:])), "best", str(ready_shards), False, 1, as_json=True, predictions=table
-        )
+        job = Job(tuple(map(Path, names(runs)[1:])), "best", str(ready_shards), False, as_json=True, predictions=table)
         assert (launch(run_rank, (job,), 2) if num_ranks == 2 else run_rank(job)) == 0
         texts.append(json.loads(capfd.readouterr().out))
         tables.append(list(csv.reader(table.open())))
