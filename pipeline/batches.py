@@ -26,6 +26,9 @@ from pipeline.shards import Checksums, ShardSet, find_damage
 
 _LABEL_POWERS = 10 ** np.arange(CLS_DIGITS - 1, -1, -1)
 _KEY_POWERS = 10 ** np.arange(KEY_DIGITS - 1, -1, -1)
+# Shards of a split up to so many bytes are checked before the first batch (a second or so), others beside the first
+# epoch: DALI 2.4 may end the process when its own decoder meets a JPEG that it cannot decode.
+_SMALL_BYTES = 1 << 30
 _DALI_ERROR = re.compile(r"encountered:\s*(.*?)\s*(?:C\+\+ context:|Current pipeline object|$)", re.DOTALL)
 
 
@@ -91,6 +94,7 @@ class BatchStream:
         self.first_state = (self._checkpoint(), num_taken)
         is_strict = spec.encoding == "raw" or has_own_operators(spec)
         self._checksums = None if is_strict else Checksums(shards, spec.split)
+        self._is_small = sum(shard.bytes for shard in shards.shards(spec.split)) <= _SMALL_BYTES
 
     def peek(self) -> TakenBatch:
         """The next batch, which stays the next. Raises UserError that names the shard, or what finds it; the same
@@ -101,6 +105,8 @@ class BatchStream:
                 "it in the process that reads it, started by multiprocessing's 'spawn'"
             )
         if self._checksums is not None:
+            if self._is_small:
+                self._checksums.wait()
             self._checksums.raise_if_damaged()
         on_gpu = self._spec.device == "gpu"
         stream = torch.cuda.current_stream(self._spec.device_id) if on_gpu else None

@@ -152,7 +152,7 @@ class Checksums:
     in silence. What was found sound is remembered beside the shards, and read again only if it changes."""
 
     def __init__(self, shards: ShardSet, split: str) -> None:
-        self._result = _Result()
+        self._result, self._process = _Result(), os.getpid()
         self._work = partial(_hash_all, shards.root.absolute(), shards.shards(split), shards.remedy, self._result)
         self._thread = threading.Thread(target=self._work, name="checksums", daemon=True)
         self._thread.start()
@@ -165,8 +165,9 @@ class Checksums:
 
     def wait(self) -> None:
         """Return when all tars were held to their checksums. Raises UserError for a damaged one."""
-        self._thread.join()
-        if not self._result.is_done and not self._result.damage:  # this process was forked from the thread's
+        if os.getpid() == self._process:
+            self._thread.join()
+        elif not self._result.is_done and not self._result.damage:  # a fork has no such thread
             self._work()
         self.raise_if_damaged()
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from pipeline.common.console import note
 from pipeline.common.errors import UserError
-from pipeline.operators.compile import BuildError, Headers, build_plugin
+from pipeline.operators.compile import BuildError, Headers, NoCompiler, build_plugin
 
 SWITCH = "ALEXNET_OPERATORS"  # "stock": as if the operators could not be compiled
 _FAILURE = re.compile(r"^alexnet: (?P<path>.*):\d+:(?P<name>[^:/]*): (?P<reason>.*)$", re.MULTILINE)
@@ -29,7 +29,8 @@ class Failure(NamedTuple):
 def load_operators() -> bool:
     """Load the operators into this process's DALI, compiled once for this machine; False where that cannot be.
 
-    A note says why; DALI's stock operators do the same, slower. Raises UserError for an unknown ALEXNET_OPERATORS.
+    A note says why, but for a machine without a compiler; DALI's stock operators do the same, slower. Raises UserError
+    for an unknown ALEXNET_OPERATORS.
     """
     switch = os.environ.get(SWITCH, "")
     if switch not in ("", "stock"):
@@ -46,6 +47,8 @@ def _load() -> bool:
     try:
         with build_plugin(find_headers()) as path:
             plugin_manager.load_library(str(path))
+    except NoCompiler:
+        return False
     except (BuildError, RuntimeError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         note(f"the CPU's images go through DALI's stock operators, at two thirds of the speed: {reason}")

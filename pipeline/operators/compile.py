@@ -28,6 +28,10 @@ class BuildError(Exception):
     """Why there is no plugin, in a few words."""
 
 
+class NoCompiler(BuildError):
+    """There is no C++ compiler: nothing to worry about, `alexnet-prep doctor` tells it."""
+
+
 class Headers(NamedTuple):
     """What a DALI needs of a plugin: its version, its headers' folder, flags for the compiler and for the linker."""
 
@@ -87,7 +91,7 @@ def _find_compiler() -> list[str]:
         found = shutil.which(command[0])
         if found:
             return [found, *command[1:]]
-    raise BuildError(f"no C++ compiler{f' {given[0]}' if given else ''}; install g++ and libjpeg-turbo's headers")
+    raise NoCompiler(f"no C++ compiler{f' {given[0]}' if given else ''}; install g++ and libjpeg-turbo's headers")
 
 
 def _fingerprint(compiler: Sequence[str], headers: Headers) -> str:

@@ -187,5 +187,7 @@ def test_a_forked_process_reads_for_itself(private_shards, monkeypatch):
     damaged = next(tar for tar in private_shards.tars("train") if tar.name not in first)
     flip_a_byte(damaged)
     child.start()
-    assert f"{damaged}: SHA-256 is" in answers.get(timeout=DEADLINE_S)
-    go_on.set()
+    try:
+        assert f"{damaged}: SHA-256 is" in answers.get(timeout=DEADLINE_S)
+    finally:
+        go_on.set()  # the lock is the whole process's

@@ -17,7 +17,7 @@ from pipeline.loader import EvalLoader, TrainLoader, read_pixels
 from pipeline.operators import load_operators
 from pipeline.options import count_local_ranks, count_threads
 from pipeline.shards import ShardSet
-from tests.pipeline.loading import NUM_TRAIN
+from tests.pipeline.loading import NUM_TRAIN, named
 
 ROOT = Path(__file__).resolve().parents[2]
 CRASHES = (-signal.SIGSEGV, -signal.SIGABRT)
@@ -179,7 +179,9 @@ def test_an_image_that_cannot_be_decoded_is_named(private_shards, colors, make_t
         "pixels": lambda: read_pixels(private_shards, batch_size=4),
     }[reader]()
     tar = private_shards.tars(split)[1].name
-    with pytest.raises(UserError, match=rf"{tar}: sample {key} cannot be decoded \(.+\); list all such with"):
+    with pytest.raises(
+        UserError, match=f"{tar}: " + named(rf"sample {key} cannot be decoded \(.+\); list all such with")
+    ):
         list(batches)
 
 

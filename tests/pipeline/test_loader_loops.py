@@ -13,7 +13,7 @@ import pipeline
 from pipeline.common.errors import UserError
 from pipeline.loader import read_pixels
 from pipeline.shards import ShardSet
-from tests.pipeline.loading import NUM_TRAIN, NUM_VAL, flatten, list_images, read_keys, record
+from tests.pipeline.loading import NUM_TRAIN, NUM_VAL, flatten, list_images, named, read_keys, record
 from tests.pipeline.test_loader_faults import garble_one_image
 
 ASKED = ("keys", "_read_number")  # by the test, of a batch that was delivered
@@ -182,7 +182,7 @@ def test_after_an_image_that_cannot_be_decoded_the_loader_refuses_with_the_same_
     opened = ShardSet.open(private_shards.root)
     loader = make_train(shards=opened) if reader == "train" else make_eval(shards=opened)
     for _ in range(3):
-        with pytest.raises(UserError, match=f"sample {key} cannot be decoded"):
+        with pytest.raises(UserError, match=named(f"sample {key} cannot be decoded")):
             list(loader)
     if reader == "train":
         assert loader.epoch == 1
@@ -195,7 +195,7 @@ def test_a_state_can_be_loaded_after_an_error(private_shards, make_train):
     data = private_shards.tars("train")[1].read_bytes()
     garble_one_image(private_shards, "train")
     loader = make_train(shards=ShardSet.open(private_shards.root))
-    with pytest.raises(UserError, match="cannot be decoded"):
+    with pytest.raises(UserError, match=named("cannot be decoded")):
         list(loader)
     private_shards.tars("train")[1].write_bytes(data)
     loader.load_state_dict(state)

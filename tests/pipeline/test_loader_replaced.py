@@ -10,6 +10,7 @@ from pipeline.common.errors import UserError
 from pipeline.loader import read_pixels
 from pipeline.manifest import MANIFEST
 from pipeline.shards import ShardSet
+from tests.pipeline.loading import named
 
 
 def write_label(shards: ShardSet, split: str, label: bytes) -> str:
@@ -33,15 +34,15 @@ def test_a_label_beyond_the_classes_is_named_with_shard_and_key(private_shards, 
     split = "val" if reader == "eval" else "train"
     key = write_label(private_shards, split, b"00004")
     batches = READERS[reader](ShardSet.open(private_shards.root), make_train, make_eval)
-    message = rf"{split}-000001.tar: sample {key} has the label b'00004', expected 5 digits, 0 to 3 \(the classes of"
-    with pytest.raises(UserError, match=message):
+    message = named(rf"sample {key} has the label b'00004', expected 5 digits, 0 to 3 \(the classes of")
+    with pytest.raises(UserError, match=f"{split}-000001.tar: {message}"):
         list(batches)
 
 
 @pytest.mark.parametrize("label", [b"ab\0zz", b"-0001", b"    1", b"1:003"])  # '1:' would count as 20
 def test_a_label_that_is_no_number_is_shown(private_shards, make_train, label):
     key = write_label(private_shards, "train", label)
-    with pytest.raises(UserError, match=rf"sample {key} has the label b"):
+    with pytest.raises(UserError, match=named(rf"sample {key} has the label b")):
         list(make_train(shards=ShardSet.open(private_shards.root)))
 
 
