@@ -5,6 +5,7 @@ set of shards of their own, and the training loader runs over that: the same gra
 epoch another draw of every sample. Left out: what the sheet looks like (contactsheet.py).
 """
 
+import hashlib
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -139,7 +140,8 @@ def copy_samples(shards: ShardSet, split: str, positions: list[int], folder: Pat
                     copied += span.last - span.first
         out.write(bytes(2 * BLOCK_BYTES))
     tar.with_suffix(".idx").write_text("\n".join([index_header(len(rows)), *rows, ""]), encoding="ascii")
-    one = Shard(tar.name, "train", len(rows), tar.stat().st_size, "")
+    data = tar.read_bytes()
+    one = Shard(tar.name, "train", len(rows), len(data), hashlib.sha256(data).hexdigest())
     return ShardSet(folder, replace(shards.manifest, shards=(one,), totals={"train": len(rows), "val": 0}))
 
 
