@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from pipeline.common.errors import UserError
+from pipeline.operators import load_operators
 from pipeline.shards import ShardSet
 from tests.pipeline.loading import advance, name_keys, read_keys, record
 
@@ -59,6 +60,8 @@ def test_how_hybrid_decoding_is_shared_and_how_many_threads_there_are_may_change
 
 @pytest.mark.parametrize("form", [{"dtype": "uint8", "layout": "NHWC"}, {"layout": "NHWC"}], ids=str)
 def test_what_a_batch_is_kept_as_may_change_on_resuming(make_train, form):
+    if form.get("dtype") and not load_operators():
+        pytest.skip("DALI's own operators for uint8 are others, which its checkpoint tells apart")
     loader, restored = make_train(), make_train(**form)
     advance(loader, 5)
     restored.load_state_dict(loader.state_dict())
