@@ -401,7 +401,7 @@ def _on_threads(
                         return
                 said.put((shard, None))
         except queue.Empty:
-            pass
+            pass  # every shard is taken: this thread is done
         except BaseException as error:  # noqa: BLE001 - a thread has no caller: raised below
             said.put(error)
         finally:
