@@ -255,6 +255,31 @@ class CropFinish : public StatelessOperator<CPUBackend> {
   std::string reason_;
 };
 
+/* Of samples named folder/train-000000.tar:512:000000042.jpg the digits of the key. */
+class ReadKey : public StatelessOperator<CPUBackend> {
+ public:
+  explicit ReadKey(const OpSpec &spec) : StatelessOperator<CPUBackend>(spec) {}
+
+ protected:
+  bool SetupImpl(std::vector<OutputDesc> &descriptions, const Workspace &ws) override {
+    descriptions = {{uniform_list_shape(ws.GetInputBatchSize(0), TensorShape<>{kKeyDigits}), DALI_UINT8}};
+    return true;
+  }
+
+  void RunImpl(Workspace &ws) override {
+    const auto &in = ws.Input<CPUBackend>(0);
+    auto &out = ws.Output<CPUBackend>(0);
+    for (int n = 0; n < in.num_samples(); n++) {
+      const std::string &source = in.GetMeta(n).GetSourceInfo();
+      DALI_ENFORCE(source.size() >= kKeyDigits + kEnding, make_string("no key in the source \"", source, "\""));
+      std::memcpy(out.raw_mutable_tensor(n), source.data() + source.size() - kKeyDigits - kEnding, kKeyDigits);
+    }
+  }
+
+ private:
+  static constexpr size_t kKeyDigits = 9, kEnding = 4;
+};
+
 }  // namespace alexnet
 
 #define ALEXNET_ARGUMENTS                                                                                            \
@@ -290,5 +315,11 @@ DALI_SCHEMA(alexnet__ReadCropFinish)
             "source info says where; the reader need not copy the pixels.")
     .ALEXNET_ARGUMENTS;
 DALI_REGISTER_OPERATOR(alexnet__ReadCropFinish, ReadCropFinish, CPU);
+
+DALI_SCHEMA(alexnet__ReadKey)
+    .DocStr("Samples -> the nine digits of their keys, from their source info.")
+    .NumInput(1)
+    .NumOutput(1);
+DALI_REGISTER_OPERATOR(alexnet__ReadKey, ::alexnet::ReadKey, CPU);
 
 }  // namespace dali

@@ -403,6 +403,31 @@ def test_labels_from_elsewhere_than_a_tar_are_refused():
         run(define())
 
 
+def test_the_key_is_what_the_source_says(tmp_path):
+    shard = write_shard(tmp_path / "some.tar", [bytes(196608)] * 3, "rgb")
+
+    @pipeline_def(batch_size=3, num_threads=1, device_id=None)
+    def define():
+        index = str(shard.with_suffix(".idx"))
+        label = fn.readers.webdataset(
+            paths=[str(shard)], index_paths=[index], ext=["cls"], missing_component_behavior="error"
+        )
+        return fn.alexnet.read_key(label), fn.get_property(label, key="source_info")[-13:-4]
+
+    ours, stock = (np.array(out.as_array()) for out in define().run())
+    assert ours.dtype == np.uint8 and ours.shape == (3, 9)
+    np.testing.assert_array_equal(ours, stock)
+
+
+def test_a_key_from_elsewhere_than_a_tar_is_refused():
+    @pipeline_def(batch_size=1, num_threads=1, device_id=None)
+    def define():
+        return fn.alexnet.read_key(fn.external_source(lambda: [np.zeros(5, np.uint8)], batch=True))
+
+    with pytest.raises(RuntimeError, match='no key in the source ""'):
+        run(define())
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
