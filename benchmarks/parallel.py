@@ -20,10 +20,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from trainer.bench import Task, Work, alternate, synchronise
+from trainer.bench.rates import Task, Work, alternate, synchronise
+from trainer.data import exchange_pixels
 from trainer.distributed import Ranks, gather, join
 from trainer.exchange import Traffic, count_traffic
-from trainer.feed import exchange_pixels
 from trainer.interconnect import (
     LOOPBACK,
     NETWORK,
@@ -36,9 +36,9 @@ from trainer.interconnect import (
     predict_traffic,
 )
 from trainer.launch import launch
-from trainer.learner import Learner
 from trainer.parallel import MODES, Mode, Parallel
 from trainer.recipe import RECIPES, Recipe
+from trainer.step import Learner
 
 NUM_CLASSES = 1000
 KINDS = ("parameters", "activations", "input")

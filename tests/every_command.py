@@ -33,7 +33,7 @@ COMMANDS = {
 }
 # alexnet-train as if the machine had two GPUs: ranks that its own launcher starts
 TWO_RANKS = """
-from trainer import cli
+from trainer.commands import train as cli
 cli.choose_devices = lambda _: (2, False)
 if __name__ == "__main__":
     cli.train()

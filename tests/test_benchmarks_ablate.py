@@ -81,8 +81,8 @@ def test_every_effect_changes_the_fields_it_names_and_no_other(ablate):
 def test_the_table_has_the_errors_that_alexnet_eval_counts(ablation, ready_shards):
     from pipeline.shards import ShardSet
     from trainer.distributed import Ranks
-    from trainer.ensemble import evaluate_nets, summarise
-    from trainer.weights import load_run
+    from trainer.nets.ensemble import evaluate_nets, summarise
+    from trainer.nets.weights import load_run
 
     shards, alone = ShardSet.open(ready_shards), Ranks(0, 1, torch.device("cpu"))
     out, text = ablation

@@ -48,7 +48,7 @@ def test_each_name_behind_a_place_in_the_paper_is_defined_there():
 
 
 def test_the_errors_to_be_measured_against_are_those_that_commands_print():
-    from trainer.tables import PUBLISHED
+    from trainer.nets.tables import PUBLISHED
 
     text = (ROOT / "docs" / "paper.md").read_text().split("## What it is to be measured against")[1]
     rows = [line.strip("|").split("|") for line in text.splitlines() if re.match(r"\| (?!run \|)", line)]

@@ -18,10 +18,10 @@ from pipeline.options import Transform
 from pipeline.shards import ShardSet
 from tests import oracle
 from trainer import checkpoint
-from trainer.metricslog import MetricsLog
 from trainer.model import AlexNet
 from trainer.recipe import RECIPES, override, to_dict
-from trainer.runlog import CHECKPOINTS, LAST, METRICS, create_run, write_config
+from trainer.record.metrics import MetricsLog
+from trainer.record.runs import CHECKPOINTS, LAST, METRICS, create_run, write_config
 
 SCRIPT = Path(__file__).resolve().parent.parent / "docs" / "figures.py"
 

@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("pipeline", "trainer", "tools")
 FORBIDDEN = {"pipeline": {"trainer", "tools"}, "trainer": {"tools"}, "tools": {"trainer"}}
-MAY_IMPORT_DALI = {"pipeline/graph.py", "pipeline/operators/__init__.py", "tools/doctor.py"}
+MAY_IMPORT_DALI = {"pipeline/graph.py", "pipeline/operators/__init__.py", "tools/checks/doctor.py"}
 HEAVY = ("torch", "nvidia.dali", "numpy")
 SCRIPTS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
 

@@ -17,14 +17,14 @@ from pipeline.common import console
 from pipeline.common.errors import UserError
 from pipeline.manifest import ENDINGS
 from tools.cli_inspect import COMMANDS, DEFAULT_SHARDS, SHARDS_VARIABLE
-from tools.layouts import LAYOUTS
+from tools.sources import LAYOUTS
 
 if TYPE_CHECKING:
     from pipeline.colors import ColorStats
-    from tools.hostcodec import Encoding
-    from tools.lock import Part
-    from tools.preparer import Device
-    from tools.sharder import Summary
+    from tools.sharding.hostcodec import Encoding
+    from tools.sharding.lock import Part
+    from tools.sharding.make import Summary
+    from tools.sharding.preparer import Device
 
 
 @click.group(cls=console.Group, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
@@ -62,7 +62,7 @@ def synth(folder: str, num_classes: int, num_train: int, num_val: int, seed: int
 
 
 def _check_limit(_context: click.Context, _parameter: click.Parameter, value: str) -> str:
-    from tools.failures import limit_failures
+    from tools.sharding.failures import limit_failures
 
     try:
         limit_failures(value, 1)
@@ -72,7 +72,7 @@ def _check_limit(_context: click.Context, _parameter: click.Parameter, value: st
 
 
 def _check_part(_context: click.Context, _parameter: click.Parameter, value: str | None) -> "Part | None":
-    from tools.lock import parse_part
+    from tools.sharding.lock import parse_part
 
     try:
         return parse_part(value) if value else None
@@ -142,8 +142,8 @@ def shard(
     """
     if ray_address and engine != "ray" and _is_given("ray_address"):
         raise UserError(f"--ray-address {ray_address}: goes with --engine ray, got --engine {engine}; give both")
-    from tools.sharder import make_shards
-    from tools.sources import open_source
+    from tools.sharding.make import make_shards
+    from tools.sources.source import open_source
 
     opened = open_source(source, layout=layout, val_fraction=val_fraction, seed=seed, subset=subset)
     for remark in opened.remarks:
@@ -211,8 +211,8 @@ def pca(shards: str, device: str, threads: int | None, as_json: bool) -> None:
 
     opened = ShardSet.open(shards)  # before the imports below, which take seconds
     opened.fetch("train")
-    from tools.engines import count_cpus
     from tools.pca import compute
+    from tools.sharding.workers import count_cpus
 
     with console.Progress("pca", opened.num_samples("train"), "images") as progress:
         stats = compute(opened, device=device, num_threads=threads or count_cpus(), progress=progress)
@@ -272,8 +272,8 @@ def doctor(shards: str, as_json: bool) -> int:
 
     Each line is ok, a warning or a problem with its remedy. Exits 1 if there is a problem; no GPU is a warning.
     """
-    from tools.doctor import examine
-    from tools.verdicts import STATE_WIDTH, spell
+    from tools.checks.doctor import examine
+    from tools.checks.verdicts import STATE_WIDTH, spell
 
     checks = examine(shards)
     num_problems = sum(check.state == "problem" for check in checks)

@@ -13,7 +13,7 @@ from pipeline.common import console
 from pipeline.common.errors import UserError
 
 if TYPE_CHECKING:
-    from tools.verify import Report
+    from tools.checks.verify import Report
 
 DEFAULT_SHARDS, SHARDS_VARIABLE = "shards", "ALEXNET_SHARDS"
 _LOG_WIDTH = 2000  # of a table that goes to a file: nothing is cut off, a row is a line
@@ -37,7 +37,7 @@ def _check_local(shards: str) -> str:
 @click.option("--json", "as_json", is_flag=True, help="Print the facts as one JSON object.")
 def info(shards: str, as_json: bool) -> None:
     """Tell what is in a folder of shards, without reading the images."""
-    from tools.info import describe
+    from tools.checks.info import describe
 
     facts = describe(_check_local(shards))
     if as_json:
@@ -98,8 +98,8 @@ def verify(context: click.Context, shards: str, decode: bool, workers: int | Non
     Every byte of the tars is read and held against checksums, indices, records and the plan they came from. Exit status
     1 if anything is wrong, with the files to delete and the commands to run.
     """
-    from tools.engines import count_cpus
-    from tools.verify import verify as run_verify
+    from tools.checks.verify import verify as run_verify
+    from tools.sharding.workers import count_cpus
 
     report = run_verify(_check_local(shards), num_workers=workers or count_cpus(), decode=decode)
     for remark in report.remarks:
@@ -113,7 +113,7 @@ def verify(context: click.Context, shards: str, decode: bool, workers: int | Non
 
 
 def _print_report(report: "Report") -> None:
-    from tools.verify import REMEDIES
+    from tools.checks.verify import REMEDIES
 
     read = "read and decoded" if report.decoded else "read"
     console.say(
@@ -173,8 +173,8 @@ def preview(shards: str, out: str, num_samples: int, split: str, seed: int) -> N
         raise UserError(f"{out}: expected the name of a PNG file, such as preview.png; choose another --out")
     opened = ShardSet.open(shards)
     colors = ColorStats.load(opened.root, opened.fingerprint)
-    from tools.contactsheet import write_sheet  # these take seconds to import
-    from tools.preview import draw_samples
+    from tools.checks.contactsheet import write_sheet  # these take seconds to import
+    from tools.checks.preview import draw_samples
 
     write_sheet(draw_samples(opened, colors, num_samples=num_samples, seed=seed, split=split), colors, path)
     console.say(f"written to {path}: {num_samples} {split} images of {shards}, drawn with seed {seed}")

@@ -21,9 +21,9 @@ from torch import Tensor
 from pipeline.common.console import explain_os_error
 from pipeline.common.errors import UserError
 from pipeline.manifest import KEY_DIGITS
+from trainer.config import LOG_STEPS
 from trainer.distributed import Ranks, gather, reduce_sum
-from trainer.job import LOG_STEPS
-from trainer.runlog import CHECKPOINTS
+from trainer.record.runs import CHECKPOINTS
 
 NONFINITE = "nonfinite.jsonl"  # in a run's folder
 _STUCK_MARGIN = 0.02  # of ln(classes): so close to it a loss is no better than guessing

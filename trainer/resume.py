@@ -16,11 +16,11 @@ from pipeline.manifest import MANIFEST
 from pipeline.shards import ShardSet
 from trainer import checkpoint
 from trainer.distributed import Ranks, gather, launch_id, restart_count
-from trainer.runlog import CHECKPOINTS, CONFIG, LAST, read_config
+from trainer.record.runs import CHECKPOINTS, CONFIG, LAST, read_config
 from trainer.saving import list_steps
 
 if TYPE_CHECKING:
-    from trainer.job import Job
+    from trainer.config import Job
 
 EPOCH = "epoch.pt"  # in a run's checkpoints: that of the end of its last whole epoch
 

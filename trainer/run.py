@@ -16,23 +16,23 @@ from pipeline.colors import ColorStats
 from pipeline.common.console import warn
 from pipeline.common.errors import UserError
 from pipeline.shards import ShardSet
+from trainer.config import Job
+from trainer.data import TrainFeed
 from trainer.distributed import Ranks, check_alike, gather
 from trainer.evaluate import make_eval_loader
-from trainer.feed import TrainFeed
-from trainer.finetune import Start, start_from
-from trainer.interchange import load_any
-from trainer.job import Job
-from trainer.journal import Journal
-from trainer.learner import Learner
 from trainer.lossguard import LossGuard, StuckLoss
 from trainer.model import AlexNet
+from trainer.nets.finetune import Start, start_from
+from trainer.nets.formats import load_any
 from trainer.parallel import check as check_parallel
 from trainer.recipe import to_dict
+from trainer.record.logger import Journal
+from trainer.record.runs import BEST, CHECKPOINTS
+from trainer.report.tensorboard import Board, open_board
 from trainer.resume import check_resumable, choose_streams, find_resumed, load_resumed
 from trainer.runfacts import describe, get_random_state, list_arithmetic, list_facts, name_changes, set_random_state
-from trainer.runlog import BEST, CHECKPOINTS
 from trainer.saving import Saver, list_steps
-from trainer.tensorboard import Board, open_board
+from trainer.step import Learner
 from trainer.watchdog import Watchdog
 
 

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from pipeline.colors import ColorStats
 from pipeline.shards import ShardSet
+from trainer.config import Job
 from trainer.distributed import Ranks, launch_id
-from trainer.finetune import Start
-from trainer.job import Job
-from trainer.native import load_native
+from trainer.kernels.native import load_native
+from trainer.nets.finetune import Start
+from trainer.nets.weights import list_classes
 from trainer.recipe import to_dict
-from trainer.weights import list_classes
 
 _OF_THIS_MACHINE = ("num_threads", "num_local_ranks")
 

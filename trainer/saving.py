@@ -26,7 +26,7 @@ from pipeline.common.console import explain_os_error
 from pipeline.common.errors import UserError
 from trainer import checkpoint
 from trainer.distributed import Ranks, gather
-from trainer.runlog import LAST
+from trainer.record.runs import LAST
 
 _STEP_NAME = re.compile(r"step-(\d{8,})\.pt")
 _POLL_S = 5.0  # how often ranks that wait for a write hear of it

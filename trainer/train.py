@@ -13,16 +13,16 @@ import torch
 from pipeline.common.console import set_voice, warn
 from pipeline.common.errors import UserError
 from pipeline.loader import Batch
-from trainer.display import choose_display
+from trainer.config import LOG_STEPS, Job
 from trainer.distributed import join, reduce_sum, restart_count
 from trainer.evaluate import Errors, count_errors, evaluate
-from trainer.job import LOG_STEPS, Job
 from trainer.memory import GpuMeter
+from trainer.record.progress import choose_display
+from trainer.record.runs import BEST
+from trainer.record.tally import Tally
 from trainer.resume import EPOCH
 from trainer.run import Run
-from trainer.runlog import BEST
 from trainer.signals import StopRequest
-from trainer.tally import Tally
 from trainer.watchdog import Watchdog
 
 

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from tools import diskspeed, doctor, probes
+from tools.checks import diskspeed, doctor, probes
+from tools.checks.verdicts import Check, judge, spell
 from tools.cli import group
-from tools.verdicts import Check, judge, spell
 
 GIB = 1 << 30
 H100 = {"name": "NVIDIA H100", "memory_bytes": 80 * GIB, "compute_capability": "9.0"}

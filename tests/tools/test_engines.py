@@ -13,7 +13,7 @@ import pytest
 from pipeline.common.errors import UserError
 from tests.sharding import wait_until
 from tests.tools.units import die_at_three, double, fail_at_three, fail_in_code, is_running, leave_at_three
-from tools.engines import count_cpus, run_units
+from tools.sharding.workers import count_cpus, run_units
 
 
 def wait_for_ever(unit, report):
@@ -91,7 +91,7 @@ def test_workers_do_not_outlive_a_parent_that_is_killed(tmp_path):
     program = (
         "import sys, time, os\n"
         f"sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parents[2])]!r}\n"
-        "from tools.engines import run_units\n"
+        "from tools.sharding.workers import run_units\n"
         "from test_engines import work_on\n"
         "if __name__ == '__main__':\n"
         f"    run_units(work_on, [{str(tmp_path)!r}] * 2, num_workers=2, on_result=print, on_progress=id)\n"
@@ -124,7 +124,7 @@ def test_workers_do_not_hear_ctrl_c_and_use_one_thread_each(tmp_path, preload):
     program = (
         "import sys\n"
         f"sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parents[2])]!r}\n"
-        "from tools.engines import run_units\n"
+        "from tools.sharding.workers import run_units\n"
         "from test_engines import tell_about_threads_and_signals as tell\n"
         "if __name__ == '__main__':\n"
         f"    run_units(tell, [1, 2], num_workers=2, on_result=print, on_progress=id, preload={preload!r})\n"

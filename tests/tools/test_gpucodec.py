@@ -5,10 +5,10 @@ import pytest
 
 from pipeline.images.decode import BadImage
 from tests.pictures import SIDE, noise, picture, pixels_of, psnr, save
-from tools import gpucodec
-from tools.gpucodec import GpuPreparer, is_in_order
-from tools.hostcodec import Encoding, Prepared
-from tools.preparer import make_preparer
+from tools.sharding import gpucodec
+from tools.sharding.gpucodec import GpuPreparer, is_in_order
+from tools.sharding.hostcodec import Encoding, Prepared
+from tools.sharding.preparer import make_preparer
 
 # Rounding once instead of twice moves a pixel by a grey level; a JPEG of both, or a picture that the CPU decoded at a
 # fraction, more. Seen on 400 photographs: 55.6 dB raw and 42.6 dB as JPEG in the median, 42.5 and 36.4 in the worst.

@@ -15,12 +15,12 @@ from pipeline.common.errors import UserError
 from pipeline.shards import ShardSet
 from tests import oracle
 from tests.tools.forging import forge, read_json, read_members, write_json
-from tools import info
-from tools.info import count_labels, count_sorted, describe
-from tools.lock import Lock
-from tools.sharder import make_shards
-from tools.sources import open_source
-from tools.store import open_store
+from tools.checks import info
+from tools.checks.info import count_labels, count_sorted, describe
+from tools.sharding.lock import Lock
+from tools.sharding.make import make_shards
+from tools.sharding.store import open_store
+from tools.sources.source import open_source
 
 
 @pytest.fixture

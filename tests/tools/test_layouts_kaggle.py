@@ -7,7 +7,7 @@ import pytest
 
 from pipeline.common.errors import UserError
 from tests.layout_builders import build_kaggle
-from tools.sources import open_source
+from tools.sources.source import open_source
 
 CLS_LOC = "ILSVRC/Data/CLS-LOC"
 HEADER = "ImageId,PredictionString\n"

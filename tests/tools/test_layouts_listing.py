@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from pipeline.common.errors import UserError
 from pipeline.images.imagenet import load_ilsvrc2012
 from tests.layout_builders import BUILDERS, fill
-from tools.layouts.listing import Entry, Listing, name_labels, put_in_order, split_stem, strip_wnid, take_share
-from tools.sources import open_source
+from tools.sources.listing import Entry, Listing, name_labels, put_in_order, split_stem, strip_wnid, take_share
+from tools.sources.source import open_source
 
 
 def make_listing(sizes: list[int], seed: int = 0) -> Listing:

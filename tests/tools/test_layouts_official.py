@@ -10,8 +10,8 @@ import pytest
 
 from pipeline.common.errors import UserError
 from tests.layout_builders import build_devkit, build_meta, build_official, build_tar
-from tools.layouts.official import DEVKIT, TRAIN, VAL, read_meta, read_truth
-from tools.sources import open_source
+from tools.sources.official import DEVKIT, TRAIN, VAL, read_meta, read_truth
+from tools.sources.source import open_source
 
 WNIDS = ("n01440764", "n01443537", "n01484850")
 

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from pipeline.common.errors import UserError
 from pipeline.images.imagenet import load_ilsvrc2012
 from tests.layout_builders import build_parquet
-from tools.layouts.parquet_pages import Column, locate_values, read_span
-from tools.layouts.snappy import FRAGMENT_BYTES, Unlocatable, walk_fragments
-from tools.layouts.spans import OpenFile
-from tools.sources import open_source
+from tools.sources.parquet_pages import Column, locate_values, read_span
+from tools.sources.snappy import FRAGMENT_BYTES, Unlocatable, walk_fragments
+from tools.sources.source import open_source
+from tools.sources.spans import OpenFile
 
 SCHEMA = pa.schema([("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])), ("label", pa.int64())])
 
@@ -292,7 +292,7 @@ def test_without_pyarrow_the_error_names_the_extra(tmp_path, monkeypatch):
 
 
 def test_a_row_group_too_large_to_be_decoded_whole_is_refused_where_it_would_have_to_be(tmp_path, monkeypatch):
-    monkeypatch.setattr("tools.layouts.parquet._MAX_GROUP_BYTES", 3_000_000)
+    monkeypatch.setattr("tools.sources.parquet._MAX_GROUP_BYTES", 3_000_000)
     rows = {"train-0": [("a", b"%d" % n + bytes(1 << 20), 0) for n in range(4)]}
     assert len(open_source(write_set(tmp_path / "snappy", rows)).entries("train")) == 4
     with pytest.raises(

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from tests.layout_builders import BUILDERS
-from tools.layouts import LAYOUTS
-from tools.layouts.spans import keep_open
-from tools.sharder import make_shards
-from tools.sources import open_source
+from tools.sharding.make import make_shards
+from tools.sources import LAYOUTS
+from tools.sources.source import open_source
+from tools.sources.spans import keep_open
 
 SAMPLES_PER_SHARD = 16
 NUM_REAL_CLASSES = 12
@@ -122,10 +122,10 @@ import gc
 import re
 from pathlib import Path
 from pipeline.images.imagenet import load_ilsvrc2012
-from tools.layouts.listing import Entry, Listing, put_in_order
-from tools.layouts.spans import SpanReader
-from tools.plan import Options, Plan
-from tools.sources import Source
+from tools.sources.listing import Entry, Listing, put_in_order
+from tools.sources.spans import SpanReader
+from tools.sharding.plan import Options, Plan
+from tools.sources.source import Source
 gc.disable()  # as open_source does
 names = list(load_ilsvrc2012())
 def entries():

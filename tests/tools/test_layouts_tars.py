@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from pipeline.common.errors import UserError
 from tests.layout_builders import add_member, build_tar
-from tools.layouts.spans import OpenFile
-from tools.layouts.tars import scan_tar
+from tools.sources.spans import OpenFile
+from tools.sources.tars import scan_tar
 
 FORMS = (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)
 NAMES = st.text(st.characters(exclude_characters="\0", exclude_categories=("Cs",)), min_size=1, max_size=150)

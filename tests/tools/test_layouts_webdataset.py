@@ -7,7 +7,7 @@ import pytest
 from pipeline.common.errors import UserError
 from pipeline.images.imagenet import load_ilsvrc2012
 from tests.layout_builders import build_tar
-from tools.sources import open_source
+from tools.sources.source import open_source
 
 
 def make_tars(root: Path, tars: dict[str, list[tuple[str, bytes]]]) -> Path:

@@ -13,16 +13,16 @@ import pytest
 from pipeline.common.errors import UserError
 from pipeline.common.machine import is_running, machine_id, started_ticks
 from tests.sharding import wait_until
-from tools import lock as locking
-from tools.lock import LAPSE_S, Holder, Lock, Part, is_lock, refuse_held
-from tools.store import FolderStore
+from tools.sharding import lock as locking
+from tools.sharding.lock import LAPSE_S, Holder, Lock, Part, is_lock, refuse_held
+from tools.sharding.store import FolderStore
 
 ROOT = Path(__file__).parents[2]
 HOLD = """
 import sys
 from pathlib import Path
-from tools.lock import Lock, Part
-from tools.store import FolderStore
+from tools.sharding.lock import Lock, Part
+from tools.sharding.store import FolderStore
 part = Part(*map(int, sys.argv[3].split("/"))) if sys.argv[3] else None
 with Lock(FolderStore(Path(sys.argv[1])), sys.argv[2], part):
     print("held", flush=True)

@@ -9,8 +9,8 @@ import pytest
 from pipeline.common.errors import UserError
 from pipeline.shards import ShardSet
 from tests.sharding import BROKEN, PREP, hash_output, make, prep
-from tools.lock import Part
-from tools.sources import open_source
+from tools.sharding.lock import Part
+from tools.sources.source import open_source
 
 
 @pytest.fixture(scope="module")

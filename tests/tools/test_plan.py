@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.manifest import ClassEntry
-from tools.lock import Part, parse_part
-from tools.plan import Options, Plan, name_shards, order_samples
-from tools.sources import Entry, Source, open_source
+from tools.sharding.lock import Part, parse_part
+from tools.sharding.plan import Options, Plan, name_shards, order_samples
+from tools.sources.source import Entry, Source, open_source
 
 ROOT = Path(__file__).parents[2]
 
@@ -105,8 +105,8 @@ def test_a_plan_of_1_3_million_images_takes_less_than_2_gib():
 import re
 from pathlib import Path
 from pipeline.manifest import ClassEntry
-from tools.plan import Options, Plan
-from tools.sources import Entry, Source
+from tools.sharding.plan import Options, Plan
+from tools.sources.source import Entry, Source
 classes = tuple(ClassEntry(n, f"n{n:08d}", f"class {n}") for n in range(1000))
 train = [Entry(f"train/n{n // 1282:08d}/n{n // 1282:08d}_{n:06d}.JPEG", n // 1282) for n in range(1_282_000)]
 val = [Entry(f"val/n{n % 1000:08d}/ILSVRC2012_val_{n:08d}.JPEG", n % 1000) for n in range(50_000)]

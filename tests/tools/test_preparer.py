@@ -15,8 +15,8 @@ from pipeline.images import decode as decoding
 from pipeline.images import resize as imaging
 from pipeline.images.decode import BadImage
 from tests.pictures import SIDE, noise, picture, pixels_of, prepare_raw, psnr, save, square
-from tools.hostcodec import Prepared, prepare
-from tools.preparer import make_preparer
+from tools.sharding.hostcodec import Prepared, prepare
+from tools.sharding.preparer import make_preparer
 
 
 def test_the_output_is_a_baseline_420_jpeg_of_256_square_without_metadata():
@@ -100,7 +100,7 @@ def test_a_gpu_is_asked_for_in_vain_with_a_remedy():
 DIGEST = """
 import hashlib, sys
 from pathlib import Path
-from tools.preparer import make_preparer
+from tools.sharding.preparer import make_preparer
 contents = [Path(name).read_bytes() for name in sys.argv[1:]]
 results = make_preparer(device="cpu", encoding="jpeg", quality=90)(contents)
 print(hashlib.sha256(b"".join(result.content for result in results)).hexdigest())

@@ -17,9 +17,9 @@ import pytest
 from pipeline.common.errors import UserError
 from pipeline.shards import ShardSet
 from tests.sharding import BROKEN, PREP, hash_output, make, prep, wait_until, wait_until_gone
-from tools import store as storing
-from tools.lock import LAPSE_S, Lock, Part, is_lock
-from tools.store import BucketStore, FolderStore, open_store
+from tools.sharding import store as storing
+from tools.sharding.lock import LAPSE_S, Lock, Part, is_lock
+from tools.sharding.store import BucketStore, FolderStore, open_store
 
 pytestmark = pytest.mark.s3
 ROOT = Path(__file__).parents[2]

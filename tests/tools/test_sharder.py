@@ -22,11 +22,11 @@ from pipeline.common.machine import machine_id
 from pipeline.manifest import Manifest
 from pipeline.shards import ShardSet
 from tests.sharding import hash_output, make, read_samples
-from tools.outfolder import TEMPORARY_AGE_S, find_finished
-from tools.preparer import make_preparer
-from tools.sharder import make_shards
-from tools.sources import open_source
-from tools.store import FolderStore
+from tools.sharding.make import make_shards
+from tools.sharding.output import TEMPORARY_AGE_S, find_finished
+from tools.sharding.preparer import make_preparer
+from tools.sharding.store import FolderStore
+from tools.sources.source import open_source
 
 # What is on disk
 

@@ -10,11 +10,11 @@ import pytest
 from pipeline.common.errors import UserError
 from pipeline.common.files import read_json
 from tests.sharding import hash_output, make
-from tools import plan as planning
-from tools.plan import Options, Plan
-from tools.shardwriter import Setup, write_unit
-from tools.sources import open_source
-from tools.store import FolderStore
+from tools.sharding import plan as planning
+from tools.sharding.plan import Options, Plan
+from tools.sharding.store import FolderStore
+from tools.sharding.write import Setup, write_unit
+from tools.sources.source import open_source
 
 # Whose folder it is
 

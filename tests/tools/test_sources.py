@@ -8,8 +8,8 @@ import pytest
 
 from pipeline.common.errors import UserError
 from tests.layout_builders import BUILDERS, build_folder, build_official, build_tar, fill
-from tools.layouts import LAYOUTS
-from tools.sources import Entry, open_source
+from tools.sources import LAYOUTS
+from tools.sources.source import Entry, open_source
 
 
 def test_classes_are_ranked_by_name_and_train_is_ordered_by_class_and_base_name(tmp_path):

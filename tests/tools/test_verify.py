@@ -26,9 +26,9 @@ from tests.tools.verifying import (
     flip,
     shard,
 )
-from tools.lock import Lock
-from tools.store import open_store
-from tools.verify import REMEDIES, verify
+from tools.checks.verify import REMEDIES, verify
+from tools.sharding.lock import Lock
+from tools.sharding.store import open_store
 
 # Fixtures; imported by name they would be taken for variables that each test redefines.
 tree, finished, folder = verifying.tree, verifying.finished, verifying.folder

@@ -14,10 +14,10 @@ from PIL import Image
 
 from pipeline.colors import ColorStats
 from pipeline.shards import ShardSet
-from tools import verify as verify_module
-from tools.sharder import make_shards
-from tools.sources import open_source
-from tools.verify import Report, verify
+from tools.checks import verify as verify_module
+from tools.checks.verify import Report, verify
+from tools.sharding.make import make_shards
+from tools.sources.source import open_source
 
 TAR, SHARD = "train-000001.tar", "train-000001"
 NUM_TRAIN, NUM_VAL = 14, 4

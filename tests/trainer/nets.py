@@ -9,9 +9,9 @@ from pipeline.colors import ColorStats
 from pipeline.shards import ShardSet
 from trainer import checkpoint
 from trainer.model import AlexNet
+from trainer.nets.weights import list_classes
 from trainer.recipe import RECIPES, Recipe, to_dict
-from trainer.runlog import BEST, CHECKPOINTS, LAST, create_run, write_config
-from trainer.weights import list_classes
+from trainer.record.runs import BEST, CHECKPOINTS, LAST, create_run, write_config
 
 PAPER = replace(RECIPES["paper"], width=1 / 16)  # the mean image, raw pixels, two towers
 DEMO = replace(RECIPES["demo"], width=1 / 16)  # three means, unit variance

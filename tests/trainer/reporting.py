@@ -7,10 +7,10 @@ import numpy as np
 
 from tests.trainer.nets import PAPER, draw_state
 from trainer import checkpoint
-from trainer.metricslog import MetricsLog
+from trainer.nets.tables import write_csv
 from trainer.recipe import to_dict
-from trainer.runlog import BEST, CHECKPOINTS, METRICS, write_config
-from trainer.tables import write_csv
+from trainer.record.metrics import MetricsLog
+from trainer.record.runs import BEST, CHECKPOINTS, METRICS, write_config
 
 WILD_CLASS, WILD_RUN = "<script>alert(1)</script>", "<img src=x onerror=alert(1)>"
 ENVIRONMENT = {"started": "2026-01-01T00:00:00+00:00", "command": "alexnet-train", "cpu": None, "memory_bytes": 1 << 35,

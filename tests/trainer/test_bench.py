@@ -20,14 +20,16 @@ from pipeline.common.errors import UserError
 from pipeline.loader import Batch, read_pixels
 from pipeline.manifest import Shard
 from pipeline.shards import ShardSet
-from trainer import bench_feed, bench_run, bench_step
-from trainer.bench import Rate, Round, Task, Work, alternate
-from trainer.cli_bench import command
+from trainer.bench import loader as bench_feed
+from trainer.bench import run as bench_run
+from trainer.bench import step as bench_step
+from trainer.bench.rates import Rate, Round, Task, Work, alternate
+from trainer.commands.bench import command
 from trainer.distributed import Ranks
-from trainer.learner import train_step
 from trainer.model import AlexNet
 from trainer.optim import make_optimizer, make_schedule
 from trainer.recipe import RECIPES, override
+from trainer.step import train_step
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 NARROW = override(RECIPES["demo"], ["width=0.0625", "global_batch_size=4"])

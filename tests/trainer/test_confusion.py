@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from pipeline.common.errors import UserError
-from trainer.confusion import Answers, choose_shown, count_pairs, list_classes, read_predictions
-from trainer.tables import write_csv
+from trainer.nets.tables import write_csv
+from trainer.report.confusion import Answers, choose_shown, count_pairs, list_classes, read_predictions
 
 LABELS = [0, 0, 0, 0, 1, 1, 2, 2, 2]
 FIRST = [0, 1, 1, 2, 1, 1, 0, 0, 1]

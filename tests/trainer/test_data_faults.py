@@ -17,10 +17,10 @@ from pipeline.shards import ShardSet
 from tests.pipeline.test_loader_faults import garble_one_image
 from tests.pipeline.test_loader_replaced import flip_a_byte, write_label
 from tests.trainer.nets import DEMO, make_run
-from trainer import ensemble
-from trainer.cli import _train
-from trainer.cli_nets import evaluate, predict
+from trainer.commands.nets import evaluate, predict
+from trainer.commands.train import _train
 from trainer.launch import launch
+from trainer.nets import ensemble
 
 BIN = Path(sys.executable).parent
 NARROW = ["--recipe", "demo", "--set", "width=0.0625", "--global-batch-size", "4", "--epochs", "3"]

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from trainer.diagnosis import Diagnosis, Readings, diagnose
+from trainer.bench.advice import Diagnosis, Readings, diagnose
 
 GIB = 2**30
 BALANCED_GPU = Readings(

@@ -6,9 +6,9 @@ import pytest
 import torch
 from PIL import Image
 
-from trainer.diagram import network_figure, plot_network, trace
 from trainer.model import AlexNet
 from trainer.recipe import RECIPES, override
+from trainer.report.diagram import network_figure, plot_network, trace
 
 
 def net(name: str, *settings: str, num_classes: int = 10) -> AlexNet:

@@ -15,13 +15,13 @@ from pipeline.common.errors import UserError
 from pipeline.shards import ShardSet
 from tests import oracle
 from tests.trainer.nets import DEMO, PAPER, make_run
-from trainer.cli_nets import evaluate as command
+from trainer.commands.nets import evaluate as command
 from trainer.distributed import Ranks
-from trainer.ensemble import Job, check_belongs, evaluate_nets, read_sources, run_rank, summarise
 from trainer.launch import launch
 from trainer.model import AlexNet
-from trainer.tables import list_errors
-from trainer.weights import load_run
+from trainer.nets.ensemble import Job, check_belongs, evaluate_nets, read_sources, run_rank, summarise
+from trainer.nets.tables import list_errors
+from trainer.nets.weights import load_run
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 ERRORS = ("top1_error", "top5_error", "ten_crop_top1_error", "ten_crop_top5_error")

@@ -9,8 +9,8 @@ from types import SimpleNamespace
 
 import torch
 
-from trainer import environment as module
-from trainer.environment import environment
+from trainer.record import environment as module
+from trainer.record.environment import environment
 
 
 def test_the_record_is_json_and_names_versions_hardware_command_and_time(monkeypatch):

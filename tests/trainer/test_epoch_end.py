@@ -13,7 +13,7 @@ from tests.trainer.nets import DEMO
 from tools.pca import compute
 from tools.synth import make_tree
 from trainer import train
-from trainer.job import Job
+from trainer.config import Job
 
 RECIPE = replace(
     DEMO, global_batch_size=8, epochs=3, schedule="milestones", lr_milestones=(2,), conv1_lr_events=((3, 0.0),)

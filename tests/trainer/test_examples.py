@@ -10,10 +10,19 @@ from pipeline.loader import EvalLoader, read_pixels
 from pipeline.options import Transform
 from pipeline.shards import ShardSet
 from tests import oracle
-from trainer.examples import Examples, Guess, Neighbour, choose_shown, find_examples, first_shards, nearest, spread
-from trainer.figures_images import guesses_figure, neighbours_figure, plot_guesses, plot_neighbours
 from trainer.model import AlexNet
 from trainer.recipe import RECIPES, override
+from trainer.report.examples import (
+    Examples,
+    Guess,
+    Neighbour,
+    choose_shown,
+    find_examples,
+    first_shards,
+    nearest,
+    spread,
+)
+from trainer.report.figures_images import guesses_figure, neighbours_figure, plot_guesses, plot_neighbours
 
 
 @pytest.fixture(scope="module")

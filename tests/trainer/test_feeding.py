@@ -9,8 +9,8 @@ import torch
 from pipeline.common.errors import UserError
 from pipeline.options import LoaderOptions
 from trainer import checkpoint
-from trainer.cli_options import read_feeding
-from trainer.job import Job
+from trainer.commands.options import read_feeding
+from trainer.config import Job
 from trainer.recipe import RECIPES
 from trainer.train import run_rank
 

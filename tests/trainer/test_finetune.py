@@ -14,10 +14,10 @@ from pipeline.common.errors import UserError
 from pipeline.manifest import ClassEntry
 from tests.trainer.nets import DEMO, PAPER, draw_state, make_run
 from trainer import checkpoint
-from trainer.finetune import check_fits, find_differences, hash_file, start_from
-from trainer.interchange import CAFFE, save_safetensors
 from trainer.model import AlexNet
-from trainer.weights import Weights
+from trainer.nets.finetune import check_fits, find_differences, hash_file, start_from
+from trainer.nets.formats import CAFFE, save_safetensors
+from trainer.nets.weights import Weights
 
 TRAIN = Path(sys.executable).parent / "alexnet-train"
 

@@ -9,11 +9,11 @@ import pytest
 from pipeline.common.errors import UserError
 from pipeline.images.imagenet import load_ilsvrc2012
 from tests.trainer.reporting import WILD_CLASS, WILD_RUN, make_run
-from trainer.htmlreport import list_errors, render, write_page
-from trainer.metricslog import MetricsLog
-from trainer.runlog import METRICS, read_config, write_config
-from trainer.study import read_study
-from trainer.tables import PUBLISHED
+from trainer.nets.tables import PUBLISHED
+from trainer.record.metrics import MetricsLog
+from trainer.record.runs import METRICS, read_config, write_config
+from trainer.report.data import read_study
+from trainer.report.page import list_errors, render, write_page
 
 VOID = {"meta", "img", "input", "br", "link"}
 
@@ -180,9 +180,11 @@ def test_the_template_is_part_of_the_package():
     from pathlib import Path
 
     root = Path(__file__).resolve().parents[2]
-    packaged = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["trainer"]
-    assert "report.html" in packaged and (root / "trainer" / "report.html").is_file()
-    assert not re.search(r"https?://", (root / "trainer" / "report.html").read_text())
+    setup = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]
+    assert (
+        "page.html" in setup["package-data"]["trainer.report"] and (root / "trainer" / "report" / "page.html").is_file()
+    )
+    assert not re.search(r"https?://", (root / "trainer" / "report" / "page.html").read_text())
 
 
 def contrast(one, other):
@@ -212,7 +214,7 @@ def test_letters_and_lines_stand_out_in_light_and_dark(page):
 
 
 def call(*words):
-    from trainer.cli_report import report
+    from trainer.commands.report import report
 
     return report.main([str(word) for word in words], standalone_mode=False)
 

@@ -17,13 +17,13 @@ from pipeline.options import Transform
 from tests import oracle
 from tests.pictures import picture
 from tests.trainer.nets import DEMO, PAPER, draw_state, make_run
-from trainer import weightfile
-from trainer.cli_nets import export as command
-from trainer.interchange import CAFFE, OWT, load_any, load_file, save_caffe, save_safetensors, save_torchvision
+from trainer.commands.nets import export as command
 from trainer.model import AlexNet
-from trainer.predict import Predictor
+from trainer.nets import weightfile
+from trainer.nets.formats import CAFFE, OWT, load_any, load_file, save_caffe, save_safetensors, save_torchvision
+from trainer.nets.predict import Predictor
+from trainer.nets.weights import Weights, load_run
 from trainer.recipe import RECIPES
-from trainer.weights import Weights, load_run
 
 CPU = torch.device("cpu")
 

@@ -24,8 +24,8 @@ NARROW = ["--recipe", "demo", "--set", "width=0.0625", "--global-batch-size", "2
 KILLED = """
 import os, signal, sys
 from pipeline.common import console
-from trainer.display import TerminalDisplay
-from trainer.tally import Tally
+from trainer.record.progress import TerminalDisplay
+from trainer.record.tally import Tally
 import click
 
 @click.command()
@@ -42,7 +42,8 @@ console.run(command)
 # alexnet-train, as if the machine had so many GPUs; told to stop in its evaluation of this number, if there is one.
 EVALUATING = """
 import os, signal
-from trainer import cli, train
+from trainer import train
+from trainer.commands import train as cli
 
 evaluate, number = train.evaluate, [0]
 

@@ -17,7 +17,7 @@ import torch
 
 from pipeline.common.errors import UserError
 from trainer import distributed, slurm
-from trainer.cli_ranks import check_divisible
+from trainer.commands.ranks import check_divisible
 from trainer.distributed import Ranks, choose_device, is_peer_loss, join
 from trainer.recipe import RECIPES
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from trainer.distributed import Ranks
-from trainer.learner import Learner
 from trainer.recipe import RECIPES
+from trainer.step import Learner
 
 pytestmark = [
     pytest.mark.gpu,

@@ -9,9 +9,9 @@ import torch
 from torch.nn import functional
 
 from tests import oracle
-from trainer import lrn as lrn_module
-from trainer.lrn import local_response_norm, spatial_response_norm
-from trainer.native import load_native
+from trainer.kernels import lrn as lrn_module
+from trainer.kernels.lrn import local_response_norm, spatial_response_norm
+from trainer.kernels.native import load_native
 
 STRONG = {"alpha": 0.1, "k": 1.5}  # so that the sums count for something beside k
 

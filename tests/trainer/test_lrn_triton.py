@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from tests import oracle
-from trainer import lrn
-from trainer.native import Norm
+from trainer.kernels import lrn
+from trainer.kernels.native import Norm
 
 
 @pytest.fixture
@@ -20,9 +20,9 @@ def kernels(monkeypatch):
     """The module as the interpreter sees it: it looks at the environment when a kernel is defined."""
     pytest.importorskip("triton", reason="Triton is not installed")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.delitem(sys.modules, "trainer.lrn_triton", raising=False)
-    yield importlib.import_module("trainer.lrn_triton")
-    sys.modules.pop("trainer.lrn_triton", None)
+    monkeypatch.delitem(sys.modules, "trainer.kernels.lrn_triton", raising=False)
+    yield importlib.import_module("trainer.kernels.lrn_triton")
+    sys.modules.pop("trainer.kernels.lrn_triton", None)
 
 
 @pytest.mark.parametrize(
@@ -60,8 +60,8 @@ def test_kernels_are_used_only_if_their_trial_agrees_with_torch(kernels, monkeyp
     assert lrn.load_triton.__wrapped__("cpu") is not None and capsys.readouterr().err == ""
     right = kernels.lrn_backward
     monkeypatch.setattr(kernels, "lrn_backward", lambda rows, gradient, norm: right(rows, gradient, norm) * 1.001)
-    monkeypatch.setitem(sys.modules, "trainer.lrn_triton", kernels)
-    monkeypatch.setattr("trainer.lrn_triton", kernels, raising=False)
+    monkeypatch.setitem(sys.modules, "trainer.kernels.lrn_triton", kernels)
+    monkeypatch.setattr("trainer.kernels.lrn_triton", kernels, raising=False)
     assert lrn.load_triton.__wrapped__("cpu") is None
     assert "Triton cannot be used for LRN" in capsys.readouterr().err
 
@@ -85,8 +85,8 @@ def test_the_kernels_compile_for_an_h100_where_there_is_none(monkeypatch, dtype,
     from triton.compiler import ASTSource, compile
 
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.delitem(sys.modules, "trainer.lrn_triton", raising=False)
-    kernels = importlib.import_module("trainer.lrn_triton")
+    monkeypatch.delitem(sys.modules, "trainer.kernels.lrn_triton", raising=False)
+    kernels = importlib.import_module("trainer.kernels.lrn_triton")
     constants = {"maps": 48, "relu": True, "block": 1024}
     kinds = {"x": dtype, "gradient": dtype, "out": dtype, "size": size} | dict.fromkeys(constants, "constexpr")
     for kernel in (kernels._forward, kernels._backward):

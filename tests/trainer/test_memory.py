@@ -8,10 +8,10 @@ import torch
 from pipeline.common.errors import UserError
 from tests.trainer.nets import DEMO
 from trainer import run, train
+from trainer.config import Job
 from trainer.distributed import Ranks
-from trainer.job import Job
-from trainer.learner import Learner
 from trainer.memory import GpuMeter, explain, find_fitting_batch
+from trainer.step import Learner
 
 MIB = 1 << 20
 

@@ -5,8 +5,8 @@ import re
 from dataclasses import fields
 from pathlib import Path
 
-from trainer.metricslog import EvalRecord, GpuFields, TrainRecord
-from trainer.tally import Standing
+from trainer.record.metrics import EvalRecord, GpuFields, TrainRecord
+from trainer.record.tally import Standing
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -65,7 +65,7 @@ def test_every_object_of_json_logs_is_documented_with_its_fields():
 
 
 def test_tensorboards_tags_are_documented():
-    from trainer.tensorboard import _SCALARS
+    from trainer.report.tensorboard import _SCALARS
 
     said = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8").split("## TensorBoard")[1]
     for tag in (tag for tags in _SCALARS.values() for tag in tags.values()):

@@ -7,16 +7,17 @@ import pytest
 import torch
 
 from pipeline.operators import compile as compiling
-from trainer import learner, native
+from trainer import step as learner
 from trainer.distributed import Ranks
-from trainer.learner import Learner
-from trainer.native import Native, Norm, load_native
+from trainer.kernels import native
+from trainer.kernels.native import Native, Norm, load_native
 from trainer.recipe import RECIPES, override
+from trainer.step import Learner
 
 PAPER = Norm(2.0, 5, 1e-4, 0.75)
 COUNT_FAULTS = """
 import resource, torch
-from trainer.native import keep_freed_memory
+from trainer.kernels.native import keep_freed_memory
 def count():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.empty(1 << 24).fill_(1.0)  # 64 MiB: more than glibc would keep
@@ -31,7 +32,7 @@ print(given_back[-1], count())
 COUNT_RESIDENT = """
 import torch
 from pathlib import Path
-from trainer.native import keep_freed_memory, release_freed_memory
+from trainer.kernels.native import keep_freed_memory, release_freed_memory
 def resident_mib():
     return int(Path("/proc/self/statm").read_text().split()[1]) // 256
 assert keep_freed_memory()

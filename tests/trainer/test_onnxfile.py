@@ -13,13 +13,13 @@ from pipeline.common.errors import UserError
 from pipeline.shards import ShardSet
 from tests import oracle
 from tests.trainer.nets import DEMO, PAPER, draw_state, make_run
-from trainer import onnxfile
-from trainer.cli_nets import export as command
-from trainer.interchange import CAFFE, OWT
+from trainer.commands.nets import export as command
 from trainer.model import AlexNet
-from trainer.onnxfile import build, compare, save_onnx
+from trainer.nets import onnx as onnxfile
+from trainer.nets.formats import CAFFE, OWT
+from trainer.nets.onnx import build, compare, save_onnx
+from trainer.nets.weights import Weights, load_run
 from trainer.recipe import RECIPES, Recipe, override
-from trainer.weights import Weights, load_run
 
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnx")

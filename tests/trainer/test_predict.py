@@ -21,11 +21,11 @@ from pipeline.options import LoaderOptions
 from pipeline.shards import ShardSet
 from tests.pictures import noise, picture, save
 from tests.trainer.nets import DEMO, PAPER, draw_state, make_run
-from trainer.cli_nets import predict as command
+from trainer.commands.nets import predict as command
 from trainer.distributed import Ranks
 from trainer.evaluate import log_probabilities, make_eval_loader
-from trainer.predict import Predictor, find_best, list_images, predict
-from trainer.weights import Weights, load_run, make_net
+from trainer.nets.predict import Predictor, find_best, list_images, predict
+from trainer.nets.weights import Weights, load_run, make_net
 
 CPU = torch.device("cpu")
 
@@ -176,7 +176,7 @@ def test_predicting_needs_no_dali(runs, tmp_path):
     program = (
         "import sys\n"
         "sys.modules['nvidia.dali'] = None\n"
-        "from trainer.cli import predict\n"
+        "from trainer.commands.train import predict\n"
         f"sys.argv = ['alexnet-predict', {str(tmp_path / 'a.png')!r}, '--run', {str(runs / 'demo')!r}, '--gpus', '0']\n"
         "predict()"
     )

@@ -6,12 +6,12 @@ from dataclasses import replace
 import pytest
 
 from trainer.recipe import RECIPES, override, to_dict
-from trainer.repeat import repeat_command, spell_changes
+from trainer.report.repeat import repeat_command, spell_changes
 
 
 def read_back(command):
     """What `alexnet-train` would make of its words, up to the recipe."""
-    from trainer.cli import _train
+    from trainer.commands.train import _train
 
     words = shlex.split(command)
     start = words.index("--gpus")

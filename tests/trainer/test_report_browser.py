@@ -5,8 +5,8 @@ import shutil
 import pytest
 
 from tests.trainer.reporting import WILD_RUN, make_run
-from trainer.htmlreport import write_page
-from trainer.study import read_study
+from trainer.report.data import read_study
+from trainer.report.page import write_page
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)

@@ -19,7 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from trainer.launch import launch
 from trainer.recipe import RECIPES
-from trainer.job import Job
+from trainer.config import Job
 from trainer.train import run_rank
 if __name__ == "__main__":
     shards, runs, num_ranks, epochs = sys.argv[1:]

@@ -17,9 +17,9 @@ from tests.trainer.commands import (
     environment,
     run,
 )
-from trainer.cli_safety import check_same, choose_safety, find_begun
-from trainer.job import Safety
-from trainer.native import load_native
+from trainer.commands.safety import check_same, choose_safety, find_begun
+from trainer.config import Safety
+from trainer.kernels.native import load_native
 from trainer.recipe import RECIPES, override, to_dict
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -96,7 +96,8 @@ def test_a_resumed_run_keeps_its_own_safety_unless_told_otherwise():
 # alexnet-train whose checkpoints are never done being written
 PROGRAM = """
 import threading
-from trainer import checkpoint, cli
+from trainer import checkpoint
+from trainer.commands import train as cli
 checkpoint.save = lambda *_: (print("writing", flush=True), threading.Event().wait())
 if __name__ == "__main__":
     cli.train()

@@ -10,9 +10,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline.common.errors import UserError
-from trainer import runlog
-from trainer.metricslog import MetricsLog, read_metrics
-from trainer.runlog import create_run, find_run, read_config, resolve_run, write_config
+from trainer.record import runs as runlog
+from trainer.record.metrics import MetricsLog, read_metrics
+from trainer.record.runs import create_run, find_run, read_config, resolve_run, write_config
 
 TRAIN = {
     "step": 40,

@@ -7,7 +7,7 @@ from torch.nn import functional
 from pipeline.colors import ColorStats
 from pipeline.options import LoaderOptions
 from pipeline.shards import ShardSet
-from trainer import feed
+from trainer import data as feed
 from trainer.distributed import Ranks
 from trainer.model import AlexNet
 from trainer.optim import make_optimizer

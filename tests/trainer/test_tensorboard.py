@@ -15,10 +15,10 @@ from pipeline.manifest import ClassEntry
 from pipeline.operators import load_operators
 from pipeline.shards import ShardSet
 from tests.trainer.nets import DEMO, PAPER, draw_state
-from trainer.examples import choose_shown
 from trainer.model import AlexNet
-from trainer.samples import read_samples
-from trainer.tensorboard import FOLDER, _literal, is_wanted, open_board
+from trainer.report.examples import choose_shown
+from trainer.report.samples import read_samples
+from trainer.report.tensorboard import FOLDER, _literal, is_wanted, open_board
 
 pytest.importorskip("tensorboard", reason="tensorboard is not installed")
 
@@ -171,8 +171,8 @@ def test_events_are_written_if_tensorboard_is_there_and_asked_for_in_vain_named(
 
 
 def test_what_is_shown_is_what_is_logged():
-    from trainer.metricslog import EvalRecord, GpuFields, TrainRecord
-    from trainer.tensorboard import _SCALARS
+    from trainer.record.metrics import EvalRecord, GpuFields, TrainRecord
+    from trainer.report.tensorboard import _SCALARS
 
     shown = set(_SCALARS["train"]) | {"step", "epoch", "time_s"}
     assert shown == set(TrainRecord.__annotations__) | set(GpuFields.__annotations__)

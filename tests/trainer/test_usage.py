@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 
-from trainer.usage import count_cores, cpu_time_s, list_tree, memory_bytes
+from trainer.bench.usage import count_cores, cpu_time_s, list_tree, memory_bytes
 
 WORK = """
 import sys, time

@@ -20,7 +20,8 @@ TIMEOUT_S = 4
 # alexnet-train, as if the machine had so many GPUs; the last rank stops moving, in some way, somewhere.
 PROGRAM = """
 import os, signal, threading
-from trainer import cli, run, train, watchdog
+from trainer import run, train, watchdog
+from trainer.commands import train as cli
 
 NUM_RANKS, HOW, WHERE = int(os.environ["NUM_RANKS"]), os.environ["HOW"], os.environ["WHERE"]
 
@@ -194,8 +195,8 @@ def test_a_clock_that_jumps_changes_nothing(ready_shards, tmp_path, finished):
         "import itertools, time\n"
         "jumps = itertools.cycle([0.0, -1e9, 1e9, 5.0])\n"
         "time.time = lambda: 1.7e9 + next(jumps)\n"
-        "from trainer import cli\n"
-        "if __name__ == '__main__':\n    cli.train()\n"
+        "from trainer.commands import train\n"
+        "if __name__ == '__main__':\n    train.train()\n"
     )
     words = [sys.executable, program, "--shards", ready_shards, *NARROW, "--timeout-s", 60]
     done = subprocess.run(
