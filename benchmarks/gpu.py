@@ -30,9 +30,17 @@ from pipeline.loader import TrainLoader
 from pipeline.manifest import IMAGE_SIZE_PX
 from pipeline.options import Device, LoaderOptions
 from pipeline.shards import ShardSet
-from trainer.bench.loader import endless, loader_task
 from trainer.bench.rates import Rate, alternate, gpu_memory_bytes
-from trainer.bench.step import Trainee, count_step_flops, make_batch, product_task, step_task, train_task
+from trainer.bench.tasks import (
+    Trainee,
+    count_step_flops,
+    endless,
+    loader_task,
+    make_batch,
+    product_task,
+    step_task,
+    train_task,
+)
 from trainer.distributed import Ranks
 from trainer.recipe import RECIPES, Recipe, override
 from trainer.record.environment import environment

@@ -199,8 +199,9 @@ def measure_command(samples: int, width: float, shards: str, stop: bool) -> dict
 
         setattr(owner, name, watched)
 
-    from trainer import run, train
     from trainer import step as learner
+    from trainer import train
+    from trainer import train as run
 
     watch(learner.Learner, "step", "step")
     watch(train, "evaluate", "evaluate")

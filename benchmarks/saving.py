@@ -23,9 +23,9 @@ import torch
 
 from trainer import checkpoint
 from trainer.bench.usage import list_tree, memory_bytes
+from trainer.checkpoint import Saver
 from trainer.distributed import Ranks
 from trainer.recipe import RECIPES
-from trainer.saving import Saver
 from trainer.step import Learner
 
 

@@ -71,7 +71,7 @@ def measure(
 ) -> tuple[str, dict[str, Any]]:
     """Everything: the table and the JSON document."""
     sys.path.insert(0, str(HERE.parent))
-    from trainer.bench.step import count_step_bytes, count_step_flops
+    from trainer.bench.tasks import count_step_bytes, count_step_flops
     from trainer.recipe import RECIPES
 
     paper = RECIPES["paper"]

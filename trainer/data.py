@@ -16,7 +16,7 @@ from pipeline.loader import Batch, TrainLoader
 from pipeline.options import LoaderOptions
 from pipeline.shards import ShardSet
 from trainer.distributed import Ranks
-from trainer.exchange import all_gather
+from trainer.parallel import all_gather
 from trainer.recipe import Recipe
 
 

@@ -15,7 +15,6 @@ from torch.nn import functional
 from trainer.distributed import Ranks
 from trainer.evaluate import choose_dtype
 from trainer.kernels.native import keep_freed_memory, release_freed_memory
-from trainer.memory import Meter, explain, find_fitting_batch
 from trainer.model import AlexNet
 from trainer.optim import make_optimizer, make_schedule
 from trainer.parallel import (
@@ -31,6 +30,7 @@ from trainer.parallel import (
     whole_model,
 )
 from trainer.recipe import Recipe
+from trainer.safety import Meter, explain, find_fitting_batch
 
 REST_S = 60.0
 

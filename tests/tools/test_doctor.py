@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from tools.checks import diskspeed, doctor, probes
-from tools.checks.verdicts import Check, judge, spell
+from tools.checks import doctor
+from tools.checks import facts as diskspeed
+from tools.checks import facts as probes
+from tools.checks.doctor import Check, judge, spell
 from tools.cli import group
 
 GIB = 1 << 30

@@ -20,7 +20,7 @@ import pytest
 from pipeline.common.errors import UserError
 from tests.sharding import BROKEN, PREP, hash_output, make, prep, wait_until, wait_until_gone
 from tests.tools.units import die_at_three, double, fail_at_three, fail_in_code, is_running
-from tools.sharding.ray import _hold_signals, run_units_on_ray
+from tools.sharding.workers import _hold_signals, run_units_on_ray
 
 pytestmark = [
     pytest.mark.ray,
@@ -283,7 +283,7 @@ def test_an_interrupted_run_on_ray_says_so_in_a_word_and_leaves_nothing_running(
 def test_ray_is_told_not_to_report_to_its_makers():
     program = (
         "import contextlib\n"
-        "from tools.sharding.ray import run_units_on_ray\n"
+        "from tools.sharding.workers import run_units_on_ray\n"
         "from pipeline.common.errors import UserError\n"
         "with contextlib.suppress(UserError):\n"
         "    run_units_on_ray(print, [1], num_tasks=1, address='127.0.0.1:1', on_result=print, on_progress=print)\n"

@@ -17,9 +17,18 @@ from pipeline.common.errors import UserError
 from pipeline.shards import ShardSet
 from tests import oracle
 from tests.tools.forging import read_members
-from tools.checks import contactsheet
-from tools.checks.contactsheet import AXES, FRAMES, choose_azimuth_deg, sheet_figure, swatches, to_8_bit, write_sheet
-from tools.checks.preview import copy_samples, draw_samples
+from tools.checks import preview as contactsheet
+from tools.checks.preview import (
+    AXES,
+    FRAMES,
+    choose_azimuth_deg,
+    copy_samples,
+    draw_samples,
+    sheet_figure,
+    swatches,
+    to_8_bit,
+    write_sheet,
+)
 
 TOLERANCE_GREY = 1e-3  # of a tile: float32, with the mean subtracted and added back
 NUM_SAMPLES, NUM_DRAWS = 5, 4

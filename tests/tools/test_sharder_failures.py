@@ -8,7 +8,7 @@ from pipeline.common.errors import UserError
 from pipeline.common.files import read_json
 from pipeline.shards import ShardSet
 from tests.sharding import BROKEN, hash_output, make, read_samples
-from tools.sharding.failures import Failure, limit_failures, refuse_failures
+from tools.sharding.output import Failure, limit_failures, refuse_failures
 
 
 def test_a_broken_image_leaves_a_gap_and_changes_no_other_byte(tree, tmp_path):

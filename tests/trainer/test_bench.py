@@ -20,9 +20,9 @@ from pipeline.common.errors import UserError
 from pipeline.loader import Batch, read_pixels
 from pipeline.manifest import Shard
 from pipeline.shards import ShardSet
-from trainer.bench import loader as bench_feed
 from trainer.bench import run as bench_run
-from trainer.bench import step as bench_step
+from trainer.bench import tasks as bench_feed
+from trainer.bench import tasks as bench_step
 from trainer.bench.rates import Rate, Round, Task, Work, alternate
 from trainer.commands.bench import command
 from trainer.distributed import Ranks

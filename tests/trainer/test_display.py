@@ -7,8 +7,7 @@ import json
 import pytest
 
 from pipeline.common import console
-from trainer.record.progress import TerminalDisplay, choose_display, spell
-from trainer.record.tally import Tally, spell_duration
+from trainer.record.progress import Tally, TerminalDisplay, choose_display, spell, spell_duration
 
 SHOW_CURSOR, HIDE_CURSOR = "\x1b[?25h", "\x1b[?25l"
 NUMBERS = {

@@ -9,11 +9,22 @@ from matplotlib.text import Text
 from tests.trainer.nets import PAPER
 from trainer.model import AlexNet
 from trainer.report.diagram import network_figure
-from trainer.report.drawing import BLUE, GREEN, GREY, LEAST_PT, ORANGE, PURPLE, SKY, VERMILION
 from trainer.report.examples import Guess, Neighbour
-from trainer.report.figures import curves_figure
-from trainer.report.figures_images import guesses_figure, neighbours_figure
-from trainer.report.figures_runs import overfitting_figure, training_errors_figure
+from trainer.report.pictures import (
+    BLUE,
+    GREEN,
+    GREY,
+    LEAST_PT,
+    ORANGE,
+    PURPLE,
+    SKY,
+    VERMILION,
+    curves_figure,
+    guesses_figure,
+    neighbours_figure,
+    overfitting_figure,
+    training_errors_figure,
+)
 
 OKABE_ITO = {"#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#000000"}
 

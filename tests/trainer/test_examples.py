@@ -22,7 +22,7 @@ from trainer.report.examples import (
     nearest,
     spread,
 )
-from trainer.report.figures_images import guesses_figure, neighbours_figure, plot_guesses, plot_neighbours
+from trainer.report.pictures import guesses_figure, neighbours_figure, plot_guesses, plot_neighbours
 
 
 @pytest.fixture(scope="module")

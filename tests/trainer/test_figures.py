@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from trainer.report import figures
-from trainer.report.figures import curves_figure, kernel_grid, plot_curves, plot_kernels, smooth
+from trainer.report import pictures as figures
+from trainer.report.pictures import curves_figure, kernel_grid, plot_curves, plot_kernels, smooth
 
 
 def train(step, epoch, **changed):

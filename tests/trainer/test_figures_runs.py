@@ -3,7 +3,7 @@
 import pytest
 from PIL import Image
 
-from trainer.report.figures_runs import (
+from trainer.report.pictures import (
     common_level,
     first_reached,
     name_runs,

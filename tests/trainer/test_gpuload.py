@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from trainer.record.gpuload import GpuLoad, read_gpu_load
+from trainer.record.environment import GpuLoad, read_gpu_load
 
 
 def test_there_is_nothing_to_read_on_a_cpu():

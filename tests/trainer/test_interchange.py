@@ -19,7 +19,7 @@ from tests.pictures import picture
 from tests.trainer.nets import DEMO, PAPER, draw_state, make_run
 from trainer.commands.nets import export as command
 from trainer.model import AlexNet
-from trainer.nets import weightfile
+from trainer.nets import formats as weightfile
 from trainer.nets.formats import CAFFE, OWT, load_any, load_file, save_caffe, save_safetensors, save_torchvision
 from trainer.nets.predict import Predictor
 from trainer.nets.weights import Weights, load_run

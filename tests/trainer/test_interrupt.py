@@ -25,7 +25,7 @@ KILLED = """
 import os, signal, sys
 from pipeline.common import console
 from trainer.record.progress import TerminalDisplay
-from trainer.record.tally import Tally
+from trainer.record.progress import Tally
 import click
 
 @click.command()

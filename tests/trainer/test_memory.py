@@ -7,10 +7,11 @@ import torch
 
 from pipeline.common.errors import UserError
 from tests.trainer.nets import DEMO
-from trainer import run, train
+from trainer import train
+from trainer import train as run
 from trainer.config import Job
 from trainer.distributed import Ranks
-from trainer.memory import GpuMeter, explain, find_fitting_batch
+from trainer.safety import GpuMeter, explain, find_fitting_batch
 from trainer.step import Learner
 
 MIB = 1 << 20

@@ -6,7 +6,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from trainer.record.metrics import EvalRecord, GpuFields, TrainRecord
-from trainer.record.tally import Standing
+from trainer.record.progress import Standing
 
 ROOT = Path(__file__).resolve().parents[2]
 

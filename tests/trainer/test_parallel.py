@@ -12,10 +12,9 @@ import torch
 
 from pipeline.common.errors import UserError
 from trainer.distributed import Ranks, gather, join
-from trainer.exchange import Traffic, count_traffic
 from trainer.interconnect import predict_traffic
 from trainer.launch import launch
-from trainer.parallel import Parallel, check
+from trainer.parallel import Parallel, Traffic, check, count_traffic
 from trainer.recipe import RECIPES, Recipe
 from trainer.step import Learner
 

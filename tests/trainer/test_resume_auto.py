@@ -17,7 +17,7 @@ from tests.trainer.commands import (
     environment,
     run,
 )
-from trainer.commands.safety import check_same, choose_safety, find_begun
+from trainer.commands.options import check_same, choose_safety, find_begun
 from trainer.config import Safety
 from trainer.kernels.native import load_native
 from trainer.recipe import RECIPES, override, to_dict

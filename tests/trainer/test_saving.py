@@ -15,14 +15,13 @@ import torch
 from pipeline.common.errors import UserError
 from tests.trainer.nets import DEMO
 from trainer import checkpoint
-from trainer.commands.safety import find_begun
+from trainer.checkpoint import Saver, Snapshot, list_saved, list_steps
+from trainer.commands.options import find_begun
 from trainer.config import Job
 from trainer.distributed import Ranks
 from trainer.evaluate import Errors
 from trainer.record.logger import Journal
 from trainer.record.runs import read_config
-from trainer.resume import list_saved
-from trainer.saving import Saver, Snapshot, list_steps
 from trainer.train import run_rank
 
 ALONE = Ranks(0, 1, torch.device("cpu"))

@@ -6,8 +6,7 @@ import xml.etree.ElementTree as ET
 import numpy as np
 import pytest
 
-from trainer.report.curves import find_cuts
-from trainer.report.svgchart import Line, line_chart, thin, ticks
+from trainer.report.curves import Line, find_cuts, line_chart, thin, ticks
 
 SVG = "{http://www.w3.org/2000/svg}"
 

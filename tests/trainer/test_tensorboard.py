@@ -17,8 +17,7 @@ from pipeline.shards import ShardSet
 from tests.trainer.nets import DEMO, PAPER, draw_state
 from trainer.model import AlexNet
 from trainer.report.examples import choose_shown
-from trainer.report.samples import read_samples
-from trainer.report.tensorboard import FOLDER, _literal, is_wanted, open_board
+from trainer.report.tensorboard import FOLDER, _literal, is_wanted, open_board, read_samples
 
 pytest.importorskip("tensorboard", reason="tensorboard is not installed")
 

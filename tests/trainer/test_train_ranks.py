@@ -18,13 +18,13 @@ from pipeline.operators import load_operators
 from pipeline.options import LoaderOptions
 from pipeline.shards import ShardSet
 from trainer import checkpoint
+from trainer.checkpoint import check_resumable, choose_streams, find_launched
 from trainer.config import Job
 from trainer.data import TrainFeed
 from trainer.distributed import Ranks, gather, join
 from trainer.launch import launch
 from trainer.parallel import Parallel
 from trainer.recipe import RECIPES
-from trainer.resume import check_resumable, choose_streams, find_launched
 from trainer.train import run_rank
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,7 +34,8 @@ TIMING = {"images_per_s", "data_wait_fraction", "time_s"}
 # alexnet-train, as if the machine had two GPUs; in epoch 2 the second rank dies, once, if told to.
 PROGRAM = """
 import os, signal
-from trainer import distributed, run
+from trainer import distributed
+from trainer import train as run
 from trainer.commands import train as cli
 
 class Feed(run.TrainFeed):

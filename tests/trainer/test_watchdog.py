@@ -12,7 +12,7 @@ import torch
 
 from tests.trainer.commands import DEADLINE_S, NARROW, assert_same_run, environment, read_records
 from trainer.distributed import Ranks
-from trainer.watchdog import START_S, STATUS_HUNG, Watchdog, dump_stacks, find_state
+from trainer.safety import START_S, STATUS_HUNG, Watchdog, dump_stacks, find_state
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 4
@@ -20,7 +20,9 @@ TIMEOUT_S = 4
 # alexnet-train, as if the machine had so many GPUs; the last rank stops moving, in some way, somewhere.
 PROGRAM = """
 import os, signal, threading
-from trainer import run, train, watchdog
+from trainer import train
+from trainer import safety as watchdog
+from trainer import train as run
 from trainer.commands import train as cli
 
 NUM_RANKS, HOW, WHERE = int(os.environ["NUM_RANKS"]), os.environ["HOW"], os.environ["WHERE"]

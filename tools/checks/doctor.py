@@ -1,9 +1,4 @@
-"""`alexnet-prep doctor`: whether this machine can do the work, and what is missing.
-
-The decision that shaped it: facts are gathered first, anything that may hang or crash in a process of its own
-(probes.py), and judged afterwards (verdicts.py). This file runs as that process: `python -m
-tools.checks.doctor PROBE`. Left out: mending anything.
-"""
+"""`alexnet-prep doctor`: what this machine has and lacks, each check a line with its remedy."""
 
 import importlib.util
 import json
@@ -11,17 +6,249 @@ import os
 import platform
 import resource
 import sys
+import textwrap
+from collections.abc import Iterator
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from shlex import quote
+from typing import TYPE_CHECKING, Any, Literal
 
-from tools.checks import probes
-from tools.checks.probes import Facts
-from tools.checks.verdicts import Check, judge
+from tools.checks import facts as probes
+from tools.checks.facts import Facts
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+
+State = Literal["ok", "warning", "problem"]
+
+# CUDA's major version -> oldest driver (NVIDIA, "CUDA Compatibility", minor version compatibility)
+OLDEST_DRIVER = {11: 450, 12: 525, 13: 580}
+DALI_CUDA = 12  # nvidia-dali-cuda120
+STATE_WIDTH = 7  # letters of the longest state
+_GIB = 1 << 30
+_LEAST_MEMORY_BYTES = 4 * _GIB  # the paper's network, its velocity and activations, a shuffle buffer, DALI's buffers
+_LEAST_SHM_BYTES = _GIB // 4  # NCCL's rings between a few GPUs; containers get 64 MiB unless told otherwise
+_LEAST_FREE_BYTES = 5 * _GIB  # some checkpoints of half a gigabyte
+_NONE_VISIBLE = ("", "-1")  # of CUDA_VISIBLE_DEVICES
+_SPARE_FILES = 256  # beside one for each shard
+_SLOW_IMAGES_PER_S = 3000  # less than one GPU takes
+_LEAST_READ_BYTES = 32 << 20  # less does not tell the speed of a disk
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line: what was looked at, how it is, what was found, and the remedy unless all is well."""
+
+    name: str
+    state: State
+    found: str
+    remedy: str = ""
+
+
+def spell(check: Check, name_width: int, num_columns: int | None) -> list[str]:
+    """The lines for a check, broken between words for a terminal of `num_columns`; None: never broken."""
+    start = f"{check.state:<{STATE_WIDTH}}  {check.name:<{name_width}}  "
+    room = num_columns and max(num_columns - len(start), 20)
+    lines: list[str] = []
+    for text in filter(None, (check.found, check.remedy and f"-> {check.remedy}")):
+        parts = textwrap.wrap(text, room, break_long_words=False, break_on_hyphens=False) if room else [text]
+        lines += [(" " * len(start) if lines or number else start) + part for number, part in enumerate(parts)]
+    return lines or [start]
+
+
+def judge(facts: Facts) -> Iterator[Check]:
+    """The checks that follow from the facts."""
+    yield _judge_platform(facts["platform"])
+    yield _judge_cpu(facts["cpu"])
+    yield from _judge_memory(facts["memory"], facts["shm_bytes"])
+    yield _judge_open_files(facts["open_files"], facts["shards"].get("num_shards", 0))
+    yield from _judge_gpus(facts["driver"], facts["torch"], facts["hidden_by"])
+    yield _judge_torch(facts["torch"], facts["driver"])
+    yield _judge_nccl(facts["torch"])
+    yield from _judge_dali(facts["dali"])
+    yield from _judge_extras(facts["extras"])
+    yield from _judge_shards(facts["shards"], facts["memory"])
+
+
+def _judge_platform(it: Facts) -> Check:
+    python = ".".join(map(str, it["python"]))
+    found = f"{it['system']} on {it['machine']}, Python {python}"
+    if (it["system"], it["machine"]) != ("Linux", "x86_64"):
+        return Check("platform", "problem", found, "NVIDIA DALI needs Linux on x86-64")
+    if tuple(it["python"]) < (3, 11):
+        return Check("platform", "problem", found, "Python 3.11 or newer is needed")
+    return Check("platform", "ok", found)
+
+
+def _judge_cpu(it: Facts) -> Check:
+    vectors = [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if name in it["flags"]]
+    found = f"{it['model']}, {it['cores']} cores, {' '.join(vectors) or 'no AVX2'}"
+    if "avx2" not in vectors:
+        return Check("cpu", "warning", found, "without AVX2 decoding and arithmetic take several times as long")
+    return Check("cpu", "ok", found)
+
+
+def _judge_memory(it: Facts, shm_bytes: int | None) -> Iterator[Check]:
+    found = f"{_size(it['total_bytes'])}, {_size(it['available_bytes'])} available"
+    few = it["available_bytes"] < _LEAST_MEMORY_BYTES
+    remedy = f"less than {_size(_LEAST_MEMORY_BYTES)}: end other programs, or take a smaller --global-batch-size"
+    yield Check("memory", "warning" if few else "ok", found, remedy if few else "")
+    if shm_bytes is None or shm_bytes < _LEAST_SHM_BYTES:
+        found = "none" if shm_bytes is None else _size(shm_bytes)
+        yield Check("/dev/shm", "warning", found, "NCCL wants more between GPUs; in a container: docker --shm-size=1g")
+    else:
+        yield Check("/dev/shm", "ok", _size(shm_bytes))
+
+
+def _judge_open_files(limit: int, num_shards: int) -> Check:
+    needed = num_shards + _SPARE_FILES
+    if 0 <= limit < needed:
+        return Check(
+            "open files", "warning", f"at most {limit}", f"{num_shards} shards want {needed}: ulimit -n {needed}"
+        )
+    return Check("open files", "ok", f"at most {limit}" if limit >= 0 else "no limit")
+
+
+def _judge_gpus(driver: Facts, torch: Facts, hidden_by: str | None) -> Iterator[Check]:
+    oldest = OLDEST_DRIVER[DALI_CUDA]
+    if not driver:
+        remedy = f"training runs on the CPU; a GPU needs NVIDIA's driver, {oldest} or newer"
+        yield Check("driver", "warning", "no nvidia-smi: no NVIDIA driver", remedy)
+        return
+    if "error" in driver:
+        yield Check(
+            "driver", "warning", driver["error"], "training runs on the CPU; reinstall NVIDIA's driver, or reboot"
+        )
+        return
+    found = f"{driver['version']}, runs CUDA {driver.get('cuda') or '(unknown)'}"
+    if _major(driver["version"]) < oldest:
+        yield Check("driver", "problem", found, f"DALI for CUDA {DALI_CUDA} needs driver {oldest} or newer")
+    else:
+        yield Check("driver", "ok", found)
+    visible = torch.get("gpus", [])
+    for number, gpu in enumerate(visible or driver["gpus"]):
+        memory = _size(gpu["memory_bytes"]) if gpu["memory_bytes"] else "memory unknown"
+        found = f"{gpu['name']}, {memory}, compute capability {gpu['compute_capability']}"
+        if not visible and hidden_by in _NONE_VISIBLE:
+            yield Check(f"gpu {number}", "warning", found, f"hidden by CUDA_VISIBLE_DEVICES={hidden_by!r}: unset it")
+        elif not visible:
+            yield Check(f"gpu {number}", "problem", found, "torch does not see it: see the line of torch")
+        elif gpu["error"]:
+            yield Check(f"gpu {number}", "problem", f"{found}: {gpu['error']}", "torch's build must know this GPU")
+        else:
+            yield Check(f"gpu {number}", "ok", found)
+
+
+def _judge_torch(it: Facts, driver: Facts) -> Check:
+    if "error" in it:
+        return Check("torch", "problem", it["error"], "pip install torch")
+    if not it["cuda"]:
+        found = f"{it['version']}, built for the CPU"
+        if driver.get("gpus"):
+            return Check("torch", "problem", found, "there is a GPU: install a CUDA build (pytorch.org, Get started)")
+        return Check("torch", "ok", found)
+    found = f"{it['version']}, CUDA {it['cuda']}, cuDNN {it['cudnn']}"
+    oldest = OLDEST_DRIVER.get(_major(it["cuda"]))
+    if oldest and driver.get("version") and _major(driver["version"]) < oldest:
+        remedy = (
+            f"CUDA {_major(it['cuda'])} needs driver {oldest} or newer: update it, or install torch for an older CUDA"
+        )
+        return Check("torch", "problem", found, remedy)
+    return Check("torch", "ok", found)
+
+
+def _judge_nccl(torch: Facts) -> Check:
+    if torch.get("nccl"):
+        return Check("nccl", "ok", torch["nccl"])
+    if len(torch.get("gpus", [])) > 1:
+        return Check(
+            "nccl", "problem", "not in this build of torch", "several GPUs need it: install torch's CUDA build"
+        )
+    return Check("nccl", "ok", "not in this build of torch; only several GPUs need it")
+
+
+def _judge_dali(it: Facts) -> Iterator[Check]:
+    if "error" in it:
+        yield Check("dali", "problem", it["error"], "pip install nvidia-dali-cuda120")
+        return
+    yield Check("dali", "ok", f"{it['version']}, nvImageCodec {it['nvimgcodec']} with {', '.join(it['extensions'])}")
+    for where, error in it["decoded"].items():
+        if error:
+            remedy = "reinstall nvidia-dali-cuda120 and nvidia-nvimgcodec-cu12"
+            yield Check(f"decoder {where}", "problem", error, remedy)
+        elif where == "mixed" and it["fell_back"]:
+            remedy = "the GPU decodes nothing: reinstall nvidia-nvjpeg-cu12 and nvidia-nvimgcodec-cu12"
+            yield Check("decoder mixed", "warning", "its pixels are the CPU's to the bit", remedy)
+        else:
+            yield Check(f"decoder {where}", "ok", "decodes JPEG")
+    if it["operators"]:
+        yield Check("operators", "ok", "ours, compiled for this CPU")
+    else:
+        remedy = "for half as much speed again on the CPU: apt-get install g++ libjpeg-dev (libjpeg-turbo's headers)"
+        yield Check("operators", "ok", f"DALI's own, since ours could not be compiled; {remedy}")
+    if it["hardware"] is not None:
+        found = "found" if it["hardware"] else "none on this GPU; its cores decode"
+        yield Check("decoder hardware", "ok", found)
+
+
+def _judge_extras(missing: dict[str, list[str]]) -> Iterator[Check]:
+    for extra, names in missing.items():
+        hint = f"not installed ({', '.join(names)}); if wanted: pip install 'alexnet-dali[{extra}]'"
+        yield Check(f"extra {extra}", "ok", hint if names else "installed")
+
+
+def _judge_shards(it: Facts, memory: Facts) -> Iterator[Check]:
+    folder = it["folder"]
+    if "://" in folder:
+        yield Check("shards", "ok", f"{folder}: not on a disk, not looked at")
+        return
+    if "free_bytes" in it:
+        few = it["free_bytes"] < _LEAST_FREE_BYTES
+        remedy = f"less than {_size(_LEAST_FREE_BYTES)}: checkpoints and shards need room" if few else ""
+        yield Check("free space", "warning" if few else "ok", f"{folder}: {_size(it['free_bytes'])}", remedy)
+    if "error" in it:
+        error = it["error"] if folder in it["error"] else f"{folder}: {it['error']}"
+        yield Check("shards", "problem", error, "or name another folder with --shards")
+    elif not it["exists"]:
+        yield Check("shards", "warning", f"{folder}: none yet", f"alexnet-prep shard SOURCE --out {quote(folder)}")
+    else:
+        what = f"{it['num_samples']:,} images ({it['encoding']}) in {it['num_shards']:,} shards"
+        yield Check("shards", "ok", f"{folder}: {what}, {_size(it['total_bytes'])}")
+    if it.get("colors_error"):
+        yield Check("colours", "warning", it["colors_error"], "training needs them")
+    if it.get("speed"):
+        yield _judge_disk(it, memory)
+
+
+def _judge_disk(it: Facts, memory: Facts) -> Check:
+    speed = it["speed"]
+    per_s = speed["sequential_bytes"] / max(speed["sequential_s"], 1e-9)
+    pieces_per_s = speed["random_pieces"] / max(speed["random_s"], 1e-9)
+    images_per_s = per_s * it["num_samples"] / max(it["total_bytes"], 1)
+    found = (
+        f"{per_s / 1e6:,.0f} MB/s in order (about {images_per_s:,.0f} images/s), {pieces_per_s:,.0f} random reads/s "
+        f"of 128 KiB{'' if speed['direct'] else ', page cache perhaps'}"
+    )
+    if speed["sequential_bytes"] < _LEAST_READ_BYTES:
+        return Check("disk", "ok", f"{found}; {_size(speed['sequential_bytes'])} are too little to judge by")
+    if images_per_s >= _SLOW_IMAGES_PER_S:
+        return Check("disk", "ok", found)
+    if it["total_bytes"] < memory["available_bytes"] / 2:
+        return Check("disk", "warning", found, "slower than a GPU in the first epoch; then memory holds all shards")
+    return Check("disk", "warning", found, "slower than a GPU: copy the shards to a local SSD")
+
+
+def _major(text: str) -> int:
+    head = text.split(".")[0]
+    return int(head) if head.isdigit() else 0
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / _GIB:,.1f} GiB" if num_bytes >= _GIB else f"{num_bytes / (1 << 20):,.0f} MiB"
+
 
 EXTRAS = {
     "ray": ("ray",),

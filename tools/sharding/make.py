@@ -18,28 +18,30 @@ from typing import Any
 from pipeline.common.console import Progress, note
 from pipeline.common.errors import UserError
 from pipeline.manifest import IMAGE_SIZE_PX, MANIFEST, SCHEMA, SPLITS, Manifest
-from tools.sharding.failures import Failure, encode_failures, name_failures, refuse_failures
 from tools.sharding.hostcodec import Encoding
 from tools.sharding.lock import Lock, Part, refuse_held
 from tools.sharding.output import (
     FAILURES_FILE,
+    Failure,
     Written,
     check_ours,
     claim,
     claim_part,
+    encode_failures,
     encode_json,
     find_complete,
     find_finished,
     find_unrecorded,
     list_ours,
+    name_failures,
+    refuse_failures,
     release,
     remove_temporaries,
 )
 from tools.sharding.plan import RAW_QUALITY, Options, Plan
 from tools.sharding.preparer import Device
-from tools.sharding.ray import run_units_on_ray
 from tools.sharding.store import Store, open_store
-from tools.sharding.workers import count_cpus, run_units
+from tools.sharding.workers import count_cpus, run_units, run_units_on_ray
 from tools.sharding.write import Setup, Tick, write_unit
 from tools.sources.source import Source
 

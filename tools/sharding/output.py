@@ -1,27 +1,63 @@
-"""The folder or bucket that shards are written to: whose it is, what in it is finished, what may be removed.
-
-The decision that shaped it: nothing is overwritten or removed on the strength of its name alone. A folder is ours if
-it is empty or says which job it belongs to (manifest, `job.json` of an unfinished job, or a shard's record); in a
-folder that is ours, what the current job cannot account for is swept away. Left out: who may work in it now (lock.py).
-"""
+"""The folder or bucket of shards: whose it is, what is finished, which images could not be used."""
 
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import PurePath
-from typing import Any
+from typing import Any, NamedTuple
 
 from pipeline.colors import COLOR_FILE, MEAN_IMAGE_FILE
 from pipeline.common.errors import UserError
 from pipeline.common.machine import is_running, machine_id
 from pipeline.manifest import MANIFEST, SCHEMA, Manifest, Shard
 from pipeline.shards import ShardSet
-from tools.sharding.failures import Failure
 from tools.sharding.lock import Part, is_lock
 from tools.sharding.store import FolderStore, Item, Store
+
+_NUM_FAILURES_NAMED = 3
+
+
+class Failure(NamedTuple):
+    """An image that could not be used: its path in the source, why in words, the name of the exception."""
+
+    source: str
+    reason: str
+    exception: str
+
+
+def limit_failures(text: str, num_images: int) -> int:
+    """How many images may fail: "25" is a count, "0.1%" a share of the images and at least 1. Raises ValueError."""
+    if not re.fullmatch(r"[0-9]+|[0-9]+(\.[0-9]+)?%", text):
+        raise ValueError(f"{text!r}: expected a count such as 25 or a percentage such as 0.1%")
+    if text.endswith("%"):
+        return max(1, int(Fraction(text[:-1]) * num_images / 100))
+    return int(text)
+
+
+def refuse_failures(failures: Sequence[Failure], max_failures: str, num_images: int) -> None:
+    """Raise UserError, naming the first few, if more images failed than `limit_failures` allows."""
+    limit = limit_failures(max_failures, num_images)
+    if len(failures) > limit:
+        raise UserError(
+            f"{len(failures)} of {num_images} images cannot be used, limit {limit} (--max-failures {max_failures}): "
+            f"{name_failures(failures)}; mend them and run again with --force, or go on without them by a higher "
+            "--max-failures"
+        )
+
+
+def name_failures(failures: Sequence[Failure]) -> str:
+    """The first few, with names quoted, so that a message stays one line whatever they are."""
+    return "; ".join(f"{f.source!r}: {f.reason} ({f.exception})" for f in failures[:_NUM_FAILURES_NAMED])
+
+
+def encode_failures(failures: Sequence[Failure]) -> bytes:
+    """One JSON object a line."""
+    return "".join(json.dumps(failure._asdict()) + "\n" for failure in failures).encode("ascii")
+
 
 JOB_FILE = "job.json"
 FAILURES_FILE = "failures.jsonl"

@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 from pipeline.common.errors import UserError
 from pipeline.images.decode import BadImage
 from pipeline.manifest import CLS_DIGITS, ENDINGS, KEY_DIGITS, Shard, index_header
-from tools.sharding.failures import Failure
-from tools.sharding.output import JOB_FILE, Written, find_job
+from tools.sharding.output import JOB_FILE, Failure, Written, find_job
 from tools.sharding.plan import Options, Unit
 from tools.sharding.preparer import make_preparer
 from tools.sharding.store import Store

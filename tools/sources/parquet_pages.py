@@ -1,18 +1,176 @@
-"""Where each value of a byte column lies inside a Parquet file, so that one can be read without its row group.
+"""Where each value of a byte column lies in a Parquet file: one is read without its row group."""
 
-The decision that shaped it: a reader of Parquet decodes whole pages, and the pages of Hugging Face's image sets hold a
-hundred images. Uncompressed, a value is a span of the file. Under Snappy the page is a row of fragments of 64 KiB, each
-compressed by itself (as pyarrow writes it; the format does not promise it), and the few fragments that a value
-touches are a Snappy stream once a length is put in front. To find values, only the tags between the
-fragments' literals are read, not the images. Whatever does not fit raises `Unlocatable`: the caller then reads row
-groups. Format: apache/parquet-format (Thrift compact page headers; PLAIN and RLE_DICTIONARY), Snappy's description.
-"""
-
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from tools.sources.snappy import FRAGMENT_BYTES, Unlocatable, unsnap, walk_fragments
 from tools.sources.spans import OpenFile
-from tools.sources.thrift import read_hybrid, read_struct, write_varint
+
+
+def read_struct(data: bytes, at: int) -> tuple[dict[int, Any], int]:
+    """Fields by number, and where the struct ends. Bytes that are none raise IndexError, ValueError or the like."""
+    fields: dict[int, Any] = {}
+    number = 0
+    while (head := data[at]) != 0:
+        at += 1
+        if head >> 4:
+            number += head >> 4
+        else:
+            raw, at = read_varint(data, at)
+            number = _unzigzag(raw)
+        fields[number], at = _read_field(data, at, head & 15)
+    return fields, at + 1
+
+
+def _read_field(data: bytes, at: int, kind: int) -> tuple[Any, int]:
+    if kind in (1, 2):
+        return kind == 1, at
+    if kind == 3:
+        return data[at], at + 1
+    if kind in (4, 5, 6):
+        raw, at = read_varint(data, at)
+        return _unzigzag(raw), at
+    if kind == 7:
+        return data[at : at + 8], at + 8
+    if kind == 8:
+        size, at = read_varint(data, at)
+        return data[at : at + size], at + size
+    if kind == 12:
+        return read_struct(data, at)
+    raise ValueError(f"a field of kind {kind}")
+
+
+def read_hybrid(data: bytes, width: int, num_values: int) -> list[int]:
+    """Numbers of `width` bits: runs of one number, or groups of eight packed from the lowest bit on."""
+    numbers: list[int] = []
+    at, mask = 0, (1 << width) - 1
+    while len(numbers) < num_values:
+        head, at = read_varint(data, at)
+        if head & 1:
+            num_bytes = (head >> 1) * width
+            packed = int.from_bytes(data[at : at + num_bytes], "little")
+            numbers += [
+                packed >> (place * width) & mask for place in range(min((head >> 1) * 8, num_values - len(numbers)))
+            ]
+        else:
+            num_bytes = (width + 7) // 8
+            numbers += [int.from_bytes(data[at : at + num_bytes], "little")] * min(head >> 1, num_values - len(numbers))
+        at += num_bytes
+    return numbers
+
+
+def read_varint(data: bytes, at: int) -> tuple[int, int]:
+    """A number of seven bits a byte, the lowest first, and where it ends."""
+    value = shift = 0
+    while True:
+        byte = data[at]
+        at += 1
+        value |= (byte & 127) << shift
+        if byte < 128:
+            return value, at
+        shift += 7
+
+
+def _unzigzag(value: int) -> int:
+    return value >> 1 ^ -(value & 1)
+
+
+def write_varint(value: int) -> bytes:
+    """What `read_varint` reads."""
+    data = bytearray()
+    while value > 127:
+        data.append(value & 127 | 128)
+        value >>= 7
+    data.append(value)
+    return bytes(data)
+
+
+FRAGMENT_BYTES = 1 << 16
+_WINDOW_BYTES = 4096
+
+
+class Unlocatable(Exception):
+    """This is not of a form in which single values can be located."""
+
+
+class Fragment:
+    """64 KiB of a Snappy stream's content (the last has fewer): where it is stored and where its literals are."""
+
+    def __init__(self, file: OpenFile, start: int, offset: int) -> None:
+        self._file = file
+        self.start, self.offset, self.size, self.stored = start, offset, 0, 0
+        self.literals: list[tuple[int, int, int]] = []  # start in the content, size, offset in the file
+        self._content = b""
+
+    def read(self, at: int, size: int) -> bytes:
+        """`size` bytes of the content from `at` on, out of a literal if they are in one."""
+        for start, length, offset in self.literals:
+            if start <= at and at + size <= start + length:
+                return self._file.read(offset + at - start, size)
+        return self.decode()[at - self.start : at - self.start + size]
+
+    def decode(self) -> bytes:
+        if not self._content:
+            stream = write_varint(self.size) + self._file.read(self.offset, self.stored)
+            self._content = unsnap(stream, self.size)
+        return self._content
+
+
+def walk_fragments(file: OpenFile, start: int, stored: int, size: int) -> Iterator[Fragment]:
+    """The fragments of the Snappy stream in `stored` bytes from `start` on. Raises Unlocatable if it is not made of
+    such fragments or does not have `size` bytes of content."""
+    end = start + stored
+    window, base = file.read(start, min(_WINDOW_BYTES, stored)), start
+    promised, at = read_varint(window, 0)
+    if promised != size:
+        raise Unlocatable("a stream of another length than its page")
+    at += start
+    out = 0
+    fragment = Fragment(file, 0, at)
+    while at < end:
+        here = at - base
+        if here + 5 > len(window) and base + len(window) < end:
+            window, base, here = file.read(at, min(_WINDOW_BYTES, end - at)), at, 0
+        tag = window[here]
+        kind = tag & 3
+        if kind == 0:
+            length = (tag >> 2) + 1
+            num_extra = max(length - 60, 0)
+            if num_extra:
+                length = int.from_bytes(window[here + 1 : here + 1 + num_extra], "little") + 1
+            at += 1 + num_extra
+            fragment.literals.append((out, length, at))
+            at += length
+        else:
+            if kind == 1:
+                length, back, num_extra = ((tag >> 2) & 7) + 4, (tag >> 5) << 8 | window[here + 1], 1
+            else:
+                num_extra = 2 if kind == 2 else 4
+                length = (tag >> 2) + 1
+                back = int.from_bytes(window[here + 1 : here + 1 + num_extra], "little")
+            if back > out - fragment.start:
+                raise Unlocatable("fragments that depend on each other")
+            at += 1 + num_extra
+        out += length
+        if out - fragment.start >= FRAGMENT_BYTES or at >= end:
+            if out - fragment.start > FRAGMENT_BYTES:
+                raise Unlocatable("fragments of unusual size")
+            fragment.size, fragment.stored = out - fragment.start, at - fragment.offset
+            yield fragment
+            fragment = Fragment(file, out, at)
+    if at != end or out != size:
+        raise Unlocatable("a stream of another length than its page")
+
+
+def unsnap(stream: bytes, size: int) -> bytes:
+    """The `size` bytes of content of a whole stream. Raises OSError."""
+    import pyarrow
+
+    try:
+        content: bytes = pyarrow.decompress(stream, size, codec="snappy", asbytes=True)
+    except pyarrow.ArrowException as error:
+        raise OSError(f"damaged Snappy stream ({error})") from error
+    return content
+
 
 _HEADER_BYTES = 1 << 16  # read at once for a page header; statistics may make it long
 _MAX_SMALL_PAGE_BYTES = 64 << 20  # of indices, decoded whole

@@ -19,9 +19,11 @@ from trainer.commands.options import (
     THREADS,
     VERSION,
     add_feed_options,
+    check_divisible,
+    choose_devices,
     choose_loader,
+    count_ranks,
 )
-from trainer.commands.ranks import check_divisible, choose_devices, count_ranks
 from trainer.recipe import RECIPES, override
 
 if TYPE_CHECKING:

@@ -14,8 +14,7 @@ import click
 
 from pipeline.common import console
 from pipeline.common.errors import printable
-from trainer.commands.options import RUNS, SETTINGS, VERSION, add_common_options
-from trainer.commands.ranks import choose_devices
+from trainer.commands.options import RUNS, SETTINGS, VERSION, add_common_options, choose_devices
 from trainer.nets.tables import check_target, format_line, write_csv
 
 if TYPE_CHECKING:

@@ -11,16 +11,24 @@ import click
 
 from pipeline.common import console
 from trainer.commands.options import (
+    AUTO,
     GLOBAL_BATCH_SIZE,
     RECIPE_SETTINGS,
     SETTINGS,
     add_common_options,
     add_feed_options,
+    add_rank_options,
+    add_safety_options,
+    check_divisible,
+    check_same,
+    choose_devices,
     choose_loader,
+    choose_parallel,
+    choose_safety,
+    count_ranks,
+    find_begun,
     read_feeding,
 )
-from trainer.commands.ranks import add_rank_options, check_divisible, choose_devices, choose_parallel, count_ranks
-from trainer.commands.safety import AUTO, add_safety_options, check_same, choose_safety, find_begun
 from trainer.recipe import RECIPES, from_dict, override
 
 if TYPE_CHECKING:

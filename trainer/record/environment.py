@@ -1,8 +1,4 @@
-"""What a run ran on and with: the record in environment.json that makes a number worth something later.
-
-The decision that shaped it: best effort throughout. What cannot be found out is null, and no run fails for want of it.
-Left out on purpose: the host's and the user's name, which a published run should not carry.
-"""
+"""What a run ran on and with: environment.json, and how busy the GPU is."""
 
 import importlib.metadata
 import os
@@ -10,9 +6,12 @@ import platform
 import shlex
 import subprocess
 import sys
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+import torch
 
 _PROGRAM_TIMEOUT_S = 10.0
 
@@ -66,3 +65,24 @@ def _cpu_model() -> str | None:
     except OSError:
         return None
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), None)
+
+
+@dataclass(frozen=True)
+class GpuLoad:
+    """utilisation: 0 to 1, None if nobody can tell; memory in use by all processes, of the total."""
+
+    utilisation: float | None
+    memory_bytes: int
+    total_bytes: int
+
+
+def read_gpu_load(device: torch.device) -> GpuLoad | None:
+    """Of a CUDA device now; None for another device."""
+    if device.type != "cuda":
+        return None
+    free, total = torch.cuda.mem_get_info(device)
+    try:
+        utilisation = torch.cuda.utilization(device) / 100.0
+    except Exception:  # noqa: BLE001 - NVML's errors have a type that can only be named where NVML is installed
+        utilisation = None
+    return GpuLoad(utilisation, total - free, total)

@@ -20,8 +20,7 @@ from pipeline.common.files import write_json
 from trainer.distributed import Ranks, gather
 from trainer.evaluate import Errors
 from trainer.model import AlexNet
-from trainer.record.environment import environment
-from trainer.record.gpuload import read_gpu_load
+from trainer.record.environment import environment, read_gpu_load
 from trainer.record.metrics import MetricsLog
 from trainer.record.progress import TrainDisplay
 from trainer.record.runs import ENVIRONMENT, METRICS, create_run, lock_run, write_config

@@ -1,18 +1,189 @@
-"""The charts of a report: what runs learned over epochs, how fast, and how long they waited.
+"""The page's charts, as SVG that takes the page's colours and size."""
 
-The decision that shaped it: of one run, training and validation differ in colour; of several, runs do, and validation
-is told by its markers. A line marks where the learning rate falls from one level to less than two thirds of it,
-whatever schedule it was; one that falls all the time has no steps to mark. Left out: how a chart is drawn
-(svgchart.py).
-"""
-
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Literal
 
 import numpy as np
 
 from trainer.report.data import Record, Study
-from trainer.report.figures import Floats, list_values, smooth, steps_per_epoch
-from trainer.report.svgchart import Line, line_chart
+from trainer.report.pictures import Floats, list_values, smooth, steps_per_epoch
+
+_WIDTH, _HEIGHT = 480, 300
+_LEFT, _RIGHT, _TOP, _BOTTOM = 62, 10, 26, 42
+NUM_COLOURS = 5  # of the style sheet, c0 to c4
+_MOST_RATIO = 1e5
+MOST_POINTS = 600  # of a line: more are not seen at this size, and a page of many runs stays small
+_DASHES = ("", "7 3", "2 3", "9 3 2 3", "12 4")
+_MARKERS = ("circle", "square", "up", "diamond", "down")
+
+
+@dataclass(frozen=True, eq=False)
+class Line:
+    """A line of a chart: x (N,) rising, y (N,), NaN where unknown. `kind`: "raw" values, faint; a "smooth" line;
+    "points", marked one by one. `colour`, `dash`: from 0, which of the page's; `run`: of which run, from 0."""
+
+    x: Floats
+    y: Floats
+    kind: Literal["raw", "smooth", "points"]
+    label: str
+    colour: int = 0
+    dash: int = 0
+    run: int = 0
+
+
+def line_chart(
+    title: str,
+    lines: Sequence[Line],
+    *,
+    x_label: str,
+    y_label: str,
+    top: float | None = None,
+    log: bool = False,
+    marks: Sequence[tuple[float, str, int]] = (),
+    level: tuple[float, str] | None = None,
+) -> str:
+    """An <svg> with all text escaped. y begins at 0 and ends at `top` (None: above all); `log`: both ends by the data.
+
+    marks: (x, what, run), vertical lines; level: (y, what), a horizontal line.
+    """
+    known = [line for line in lines if np.isfinite(line.y).any()]
+    x_end = max([float(line.x[-1]) for line in known] + [x for x, _, _ in marks], default=1.0) or 1.0
+    values = [value for line in known for value in line.y[np.isfinite(line.y)].tolist() if not log or value > 0]
+    low, high = (min(values, default=0.1), max(values, default=1.0)) if log else (0.0, max(values, default=1.0) or 1.0)
+    if log:
+        low, high = 10 ** math.floor(math.log10(low)), 10 ** math.ceil(math.log10(high) - 1e-9)
+        high = high if high > low else 10 * low
+        low = max(low, high / _MOST_RATIO)  # the tail of a cosine is of no interest
+    elif top is not None:
+        high = top
+    elif level is not None:
+        high = max(high, level[0])
+
+    def across(x: Floats) -> Floats:
+        return _LEFT + (_WIDTH - _LEFT - _RIGHT) * x / x_end
+
+    def up(y: Floats) -> Floats:
+        if log:
+            with np.errstate(divide="ignore", invalid="ignore"):
+                share = (np.log10(np.maximum(y, low / 10)) - math.log10(low)) / math.log10(high / low)
+        else:
+            share = y / high
+        return _HEIGHT - _BOTTOM - (_HEIGHT - _BOTTOM - _TOP) * np.clip(share, 0.0, 1.0)
+
+    parts = [
+        f'<svg class="chart" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(title)}">',
+        f'<text class="title" x="{_LEFT}" y="16">{escape(title)}</text>',
+    ]
+    for value in _ticks_log(low, high) if log else ticks(high):
+        y = float(up(np.array(value)))
+        parts.append(f'<path class="grid" d="M{_LEFT} {y:.1f}H{_WIDTH - _RIGHT}"/>')
+        parts.append(f'<text class="tick" x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{value:g}</text>')
+    for value in ticks(x_end):
+        x = float(across(np.array(value)))
+        parts.append(f'<path class="grid" d="M{x:.1f} {_HEIGHT - _BOTTOM}v4"/>')
+        parts.append(
+            f'<text class="tick" x="{x:.1f}" y="{_HEIGHT - _BOTTOM + 17}" text-anchor="middle">{value:g}</text>'
+        )
+    middle = (_LEFT + _WIDTH - _RIGHT) / 2
+    parts.append(f'<text class="label" x="{middle}" y="{_HEIGHT - 6}" text-anchor="middle">{escape(x_label)}</text>')
+    turned = f'transform="translate(13 {(_TOP + _HEIGHT - _BOTTOM) / 2}) rotate(-90)"'
+    parts.append(f'<text class="label" {turned} text-anchor="middle">{escape(y_label)}</text>')
+    if level is not None:
+        y = float(up(np.array(level[0])))
+        parts.append(
+            f'<path class="level" d="M{_LEFT} {y:.1f}H{_WIDTH - _RIGHT}"><title>{escape(level[1])}</title></path>'
+        )
+    for at, what, run in marks:
+        x = float(across(np.array(at)))
+        parts.append(
+            f'<path class="mark run{run}" d="M{x:.1f} {_TOP}V{_HEIGHT - _BOTTOM}"><title>{escape(what)}</title></path>'
+        )
+    for line in known:
+        kept_x, kept_y = thin(line.x, line.y)
+        parts += _draw(line, across(kept_x), up(kept_y), kept_x, kept_y)
+    return "".join([*parts, "</svg>"])
+
+
+def swatch(run: int) -> str:
+    """A small <svg> of how a run's line and its marks look, for a legend."""
+    dash = _DASHES[run % len(_DASHES)]
+    style = f' stroke-dasharray="{dash}"' if dash else ""
+    look = f"c{run % NUM_COLOURS}"
+    return (
+        '<svg class="chart swatch" viewBox="0 0 44 14" aria-hidden="true">'
+        f'<path class="smooth {look}"{style} d="M0 7H44"/>'
+        f'<path class="dot {look}" d="{_marker(run, 22, 7)}"/></svg>'
+    )
+
+
+def _draw(line: Line, across: Floats, up: Floats, x: Floats, y: Floats) -> list[str]:
+    look = f"{line.kind} c{line.colour % NUM_COLOURS} run{line.run}"
+    dash = _DASHES[line.dash % len(_DASHES)] if line.kind == "smooth" else "1 4" if line.kind == "points" else ""
+    style = f' stroke-dasharray="{dash}"' if dash else ""
+    drawn = [f'<path class="{look}"{style} d="{_path(across, up, y)}"><title>{escape(line.label)}</title></path>']
+    if line.kind == "points" or np.isfinite(y).sum() == 1:
+        drawn += [
+            f'<path class="dot {look}" d="{_marker(line.dash, a, b)}">'
+            f"<title>{escape(line.label)}: {value:.4g} at {at:.4g}</title></path>"
+            for a, b, at, value in zip(across.tolist(), up.tolist(), x.tolist(), y.tolist(), strict=True)
+            if math.isfinite(value)
+        ]
+    return drawn
+
+
+def _path(across: Floats, up: Floats, y: Floats) -> str:
+    """Straight between neighbours that are both known."""
+    words, pen = [], "M"
+    for a, b, is_known in zip(across.tolist(), up.tolist(), np.isfinite(y).tolist(), strict=True):
+        if is_known:
+            words.append(f"{pen}{a:.1f} {b:.1f}")
+        pen = "L" if is_known else "M"
+    return "".join(words)
+
+
+def _marker(number: int, x: float, y: float) -> str:
+    shape = _MARKERS[number % len(_MARKERS)]
+    if shape == "circle":
+        return f"M{x - 3.5:.1f} {y:.1f}a3.5 3.5 0 1 0 7 0a3.5 3.5 0 1 0 -7 0z"
+    if shape == "square":
+        return f"M{x - 3.2:.1f} {y - 3.2:.1f}h6.4v6.4h-6.4z"
+    if shape == "diamond":
+        return f"M{x:.1f} {y - 4.5:.1f}l4.5 4.5l-4.5 4.5l-4.5 -4.5z"
+    sign = 1 if shape == "up" else -1
+    return f"M{x:.1f} {y - 4.5 * sign:.1f}l4.2 {7.5 * sign:.1f}h-8.4z"
+
+
+def thin(x: Floats, y: Floats, most: int = MOST_POINTS) -> tuple[Floats, Floats]:
+    """At most `most` of the points of a line: of each stretch the lowest and the highest, so that no peak is lost."""
+    if len(x) <= most:
+        return x, y
+    kept = []
+    for stretch in np.array_split(np.arange(len(x)), most // 2):
+        part = np.where(np.isfinite(y[stretch]), y[stretch], np.nan)
+        if np.isnan(part).all():
+            kept.append(int(stretch[0]))
+        else:
+            kept += sorted({int(stretch[np.nanargmin(part)]), int(stretch[np.nanargmax(part)])})
+    return x[kept], y[kept]
+
+
+def ticks(high: float) -> list[float]:
+    """Three to six round numbers from 0 to at most `high`."""
+    if not high > 0 or not math.isfinite(high):
+        return [0.0]
+    rough = high / 5
+    size = 10.0 ** math.floor(math.log10(rough))
+    step = next(factor * size for factor in (1, 2, 2.5, 5, 10) if factor * size >= rough * (1 - 1e-9))
+    return [round(step * number, 12) for number in range(int(high / step + 1e-9) + 1)]
+
+
+def _ticks_log(low: float, high: float) -> list[float]:
+    first, last = round(math.log10(low)), round(math.log10(high))
+    return [10.0**power for power in range(first, last + 1, max(1, (last - first) // 5))]
+
 
 _STEP_DOWN = 2 / 3
 

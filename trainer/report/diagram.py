@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.model import AlexNet
-from trainer.report.drawing import BLUE, GREY, LEAST_PT, ORANGE, VERMILION, style, write_png
+from trainer.report.pictures import BLUE, GREY, LEAST_PT, ORANGE, VERMILION, style, write_png
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -19,15 +19,13 @@ from pipeline.common.files import write_atomic
 from pipeline.images.imagenet import load_ilsvrc2012
 from trainer.nets.tables import PUBLISHED
 from trainer.recipe import RECIPES, from_dict
-from trainer.record.tally import spell_duration
+from trainer.record.progress import spell_duration
 from trainer.report.confusion import choose_shown, count_pairs, list_classes
-from trainer.report.curves import draw_learning, draw_speed
+from trainer.report.curves import draw_learning, draw_speed, swatch
 from trainer.report.data import Study, num_towers
-from trainer.report.drawing import shorten
-from trainer.report.figures import kernel_grid
+from trainer.report.pictures import kernel_grid, shorten
 from trainer.report.repeat import repeat_command, spell_changes
 from trainer.report.summary import label_runs, summarise
-from trainer.report.svgchart import swatch
 
 PAGE = "report.html"
 _TEMPLATE = Path(__file__).with_name("page.html")

@@ -12,8 +12,7 @@ from typing import Any
 
 from trainer.report.data import Study, num_towers, read_study
 from trainer.report.diagram import plot_network
-from trainer.report.figures import plot_curves, plot_kernels
-from trainer.report.figures_runs import name_runs, plot_overfitting, plot_training_errors
+from trainer.report.pictures import name_runs, plot_curves, plot_kernels, plot_overfitting, plot_training_errors
 
 FIGURES, CURVES, KERNELS, NETWORK = "figures", "curves.png", "conv1_kernels.png", "network.png"
 GUESSES, NEIGHBOURS = "guesses.png", "neighbours.png"
@@ -39,7 +38,7 @@ def draw(study: Study) -> list[Path]:
         figures.append(folder / NETWORK)
         plot_network(study.model, folder / NETWORK)
     if study.examples:
-        from trainer.report.figures_images import plot_guesses, plot_neighbours  # here: what they draw needs DALI
+        from trainer.report.pictures import plot_guesses, plot_neighbours  # here: what they draw needs DALI
 
         names = [name for _, name in study.classes]
         figures += [folder / GUESSES, folder / NEIGHBOURS]
