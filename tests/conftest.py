@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.every_command import places  # noqa: F401 - a fixture
+from tests.docs.every_command import places  # noqa: F401 - a fixture
 from tests.s3_server import s3_bucket, s3_client, s3_endpoint  # noqa: F401 - fixtures
 from tools.sharding.make import make_shards
 from tools.sources.source import open_source

@@ -13,7 +13,7 @@ import click
 import pytest
 import yaml
 
-from tests.documents import find_command
+from tests.docs.documents import find_command
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]

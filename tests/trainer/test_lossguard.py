@@ -10,7 +10,7 @@ import torch
 
 from pipeline.common.errors import UserError
 from pipeline.loader import Batch
-from tests.trainer.nets import DEMO, PAPER
+from tests.trainer.trained import DEMO, PAPER
 from trainer import checkpoint, train
 from trainer import safety as lossguard
 from trainer import train as run

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pipeline.common.errors import UserError
-from tests.trainer.nets import DEMO
+from tests.trainer.trained import DEMO
 from trainer import train
 from trainer import train as run
 from trainer.config import Job

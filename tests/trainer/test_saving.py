@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from pipeline.common.errors import UserError
-from tests.trainer.nets import DEMO
+from tests.trainer.trained import DEMO
 from trainer import checkpoint
 from trainer.checkpoint import Saver, Snapshot, list_saved, list_steps
 from trainer.commands.options import find_begun
