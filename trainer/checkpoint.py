@@ -19,8 +19,8 @@ from torch import Tensor
 
 from pipeline.common.console import explain_os_error
 from pipeline.common.errors import UserError
-from pipeline.graph import stream_seed
 from pipeline.manifest import MANIFEST
+from pipeline.options import stream_seed
 from pipeline.shards import ShardSet
 from trainer.distributed import Ranks, gather, launch_id, restart_count
 from trainer.record.runs import CHECKPOINTS, CONFIG, LAST, read_config

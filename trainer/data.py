@@ -11,9 +11,8 @@ from typing import Any, Literal
 from torch import Tensor
 
 from pipeline.colors import ColorStats
-from pipeline.graph import stream_seed
 from pipeline.loader import Batch, TrainLoader
-from pipeline.options import LoaderOptions
+from pipeline.options import LoaderOptions, stream_seed
 from pipeline.shards import ShardSet
 from trainer.distributed import Ranks
 from trainer.parallel import all_gather

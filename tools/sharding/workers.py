@@ -161,9 +161,6 @@ POLL_S = 0.2
 ANSWER_TIMEOUT_S = 120.0  # for what is there already
 CONNECT_TIMEOUT_S = 10.0
 OBJECT_STORE_BYTES = 128 << 20  # of a Ray of our own: listings of units go through it, images do not
-Unit = TypeVar("Unit")
-Update = TypeVar("Update")
-Result = TypeVar("Result")
 
 
 class _Mailbox:

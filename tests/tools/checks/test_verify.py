@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pipeline.common.errors import UserError
 from pipeline.shards import ShardSet
 from tests.layout_builders import BUILDERS
-from tests.tools import verifying
+from tests.tools.checks import verifying
 from tests.tools.checks.forging import forge, read_json, read_members, write_json
 from tests.tools.checks.verifying import (
     BROKEN,

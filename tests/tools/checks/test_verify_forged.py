@@ -5,7 +5,7 @@ import tarfile
 import numpy as np
 import pytest
 
-from tests.tools import verifying
+from tests.tools.checks import verifying
 from tests.tools.checks.forging import forge, read_json, read_members, vouch, write_json
 from tests.tools.checks.verifying import (
     BROKEN,

@@ -305,7 +305,7 @@ def test_a_large_tar_is_uploaded_in_parts_with_bounded_memory(s3_bucket):
     program = (
         "import hashlib, os, re, sys\n"
         "from pathlib import Path\n"
-        "from tools import store as storing\n"
+        "from tools.sharding import store as storing\n"
         "storing.PART_BYTES = 8 << 20\n"
         "store, digest, block = storing.open_store(sys.argv[1]), hashlib.sha256(), os.urandom(1 << 20)\n"
         "store.write('small', b'')\n"

@@ -30,7 +30,7 @@ def table(start):
 
 def calls(method):
     """Of the calls x.method(...) in the trainer: positional constants, names of keywords."""
-    for path in sorted((ROOT / "trainer").glob("*.py")):
+    for path in sorted((ROOT / "trainer").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")) == method:
                 yield node
