@@ -144,7 +144,7 @@ def plan(options: argparse.Namespace, effects: Sequence[Effect]) -> list[Run]:
 
 def check(run: Run, shards: ShardSet) -> None:
     """Raises UserError if the run's folder holds a run of other settings or other shards."""
-    from trainer.runlog import CONFIG, read_config
+    from trainer.record.runs import CONFIG, read_config
 
     if not (run.folder / CONFIG).exists():
         return
@@ -157,7 +157,7 @@ def check(run: Run, shards: ShardSet) -> None:
 
 def train(run: Run, options: argparse.Namespace) -> None:
     """`alexnet-train` in a process of its own, resumed where it was broken off. Raises UserError if it fails."""
-    from trainer.runlog import CHECKPOINTS, LAST
+    from trainer.record.runs import CHECKPOINTS, LAST
 
     command = [sys.executable, "-m", "trainer", "--gpus", str(options.gpus)]
     if options.threads:
@@ -192,7 +192,7 @@ def judge(run: Run, shards: ShardSet, options: LoaderOptions = LoaderOptions()) 
     from trainer.distributed import Ranks
     from trainer.evaluate import choose_dtype, log_probabilities, make_eval_loader
     from trainer.model import AlexNet
-    from trainer.runlog import CHECKPOINTS, LAST
+    from trainer.record.runs import CHECKPOINTS, LAST
 
     state = load(run.folder / CHECKPOINTS / LAST)
     colors = ColorStats.load(shards.root, state["shards_fingerprint"])
@@ -225,8 +225,8 @@ def show(done: Sequence[Run], shards: ShardSet, options: argparse.Namespace) -> 
     """Write OUT/ablation.md, .json and .png of the runs that are done; the table."""
     from ablate_table import compare, format_table, plot
 
-    from trainer.metricslog import read_metrics
-    from trainer.runlog import METRICS
+    from trainer.record.metrics import read_metrics
+    from trainer.record.runs import METRICS
 
     results: dict[str, dict[int, dict[str, Any]]] = {}
     for run in done:

@@ -141,7 +141,7 @@ def read(row: Row) -> str:
 
 def plot(rows: Sequence[Row], path: Path) -> None:
     """Write `differences_figure` as a PNG."""
-    from trainer.drawing import style, write_png
+    from trainer.report.pictures import style, write_png
 
     with style():
         write_png(differences_figure(rows), path)
@@ -151,7 +151,7 @@ def differences_figure(rows: Sequence[Row]) -> "Figure":
     """Each effect's difference to base with its 95 % interval, filled where it excludes 0; the paper's as a diamond."""
     from matplotlib.figure import Figure
 
-    from trainer.drawing import BLUE, GREY, VERMILION, style
+    from trainer.report.pictures import BLUE, GREY, VERMILION, style
 
     shown = [row for row in rows if row.effect.name != "base"]
     with style():

@@ -3,12 +3,12 @@
     python benchmarks/feed.py SOURCE --python PEERS/bin/python --json feed.json
     python benchmarks/feed.py SOURCE --against ../before --only ours,other,ours-uint8,other-uint8,ours-raw,other-raw
 
-SOURCE holds images at any depth (default: a synthetic set). They are prepared by `tools.sharder` as 256x256 JPEGs of
-quality 90, and every contestant is fed the same encoded bytes, converted to its own format beforehand. Output, but for
-the rows marked uint8 and the limits: float32 NCHW batches of 128, random 224x224 crop, flip, PCA lighting, mean
-subtracted. Before the clock runs, a batch of each is compared with the stored pixels: for every image the label says
-which one it is, and its offset, flip and colour shift are found again. A steady state is timed: endless streams, the
-batches that lay ready thrown away. `--against` races the loader of another checkout of this project. GPUs: gpu.py.
+SOURCE holds images at any depth (default: a synthetic set). They become 256x256 JPEGs of quality 90, and every
+contestant is fed the same encoded bytes, converted to its own format beforehand. Output, but for the rows marked
+uint8 and the limits: float32 NCHW batches of 128, random 224x224 crop, flip, PCA lighting, mean subtracted. Before
+the clock runs, a batch of each is compared with the stored pixels: for every image the label says which one it is,
+and its offset, flip and colour shift are found again. A steady state is timed: endless streams, the batches that lay
+ready thrown away. `--against` races the loader of another checkout of this project. GPUs: gpu.py.
 """
 
 import argparse

@@ -26,8 +26,8 @@ COPIES = 64  # of the set in the list of shards (links): so that an epoch's end 
 def prepare_data(options: argparse.Namespace, root: Path) -> dict[str, Any]:
     """Shards of 256x256 q90 JPEGs and of the same pixels raw, colours, samples as plain files; kept in `root`."""
     from pipeline.shards import ShardSet
-    from tools.sharder import make_shards
-    from tools.sources import open_source
+    from tools.sharding.make import make_shards
+    from tools.sources.source import open_source
 
     mark = root / "data.json"
     wanted = {"source": options.source, "images": options.images}

@@ -30,12 +30,20 @@ from pipeline.loader import TrainLoader
 from pipeline.manifest import IMAGE_SIZE_PX
 from pipeline.options import Device, LoaderOptions
 from pipeline.shards import ShardSet
-from trainer.bench import Rate, alternate, gpu_memory_bytes
-from trainer.bench_feed import endless, loader_task
-from trainer.bench_step import Trainee, count_step_flops, make_batch, product_task, step_task, train_task
+from trainer.bench.rates import Rate, alternate, gpu_memory_bytes
+from trainer.bench.tasks import (
+    Trainee,
+    count_step_flops,
+    endless,
+    loader_task,
+    make_batch,
+    product_task,
+    step_task,
+    train_task,
+)
 from trainer.distributed import Ranks
-from trainer.environment import environment
 from trainer.recipe import RECIPES, Recipe, override
+from trainer.record.environment import environment
 
 Options = dict[str, Any]
 PARTS = ("check", "feed", "train", "cost", "step")

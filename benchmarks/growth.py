@@ -155,8 +155,8 @@ def measure_net(classes: int, width: float) -> dict[str, Any]:
     import torch
 
     from trainer.distributed import Ranks
-    from trainer.learner import Learner
     from trainer.recipe import RECIPES, override
+    from trainer.step import Learner
 
     before, begun = memory_mib(), time.perf_counter()
     recipe = override(RECIPES["paper"], ["global_batch_size=16", f"width={width}"])
@@ -180,7 +180,7 @@ def measure_net(classes: int, width: float) -> dict[str, Any]:
 
 def measure_command(samples: int, width: float, shards: str, stop: bool) -> dict[str, Any]:
     """`alexnet-train`, with clocks at its steps, its evaluation and its checkpoints: to the first step, or 2 epochs."""
-    from trainer import cli
+    from trainer.commands import train as cli
 
     marks: list[tuple[str, float, float]] = []
     cpu_s: list[float] = []
@@ -199,7 +199,9 @@ def measure_command(samples: int, width: float, shards: str, stop: bool) -> dict
 
         setattr(owner, name, watched)
 
-    from trainer import learner, run, train
+    from trainer import step as learner
+    from trainer import train
+    from trainer import train as run
 
     watch(learner.Learner, "step", "step")
     watch(train, "evaluate", "evaluate")

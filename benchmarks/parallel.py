@@ -2,7 +2,7 @@
 
     python benchmarks/parallel.py [--ranks 2 4] [--global-batch-size 128] [--width 1] [--rounds 3] [--json FILE]
 
-The decision that shaped it: bytes are counted where collectives are issued (trainer/exchange.py), in real steps of the
+The decision that shaped it: bytes are counted where collectives are issued (trainer/parallel.py), in real steps of the
 full net, and on the CPU compared with what the loopback device carried; the model of links adds to them only the
 constants that trainer/interconnect.py names. With two GPUs or more, steps are timed there and the model is not needed.
 Left out: feeding (benchmarks/feed.py); images are noise that lies on the device.
@@ -20,10 +20,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from trainer.bench import Task, Work, alternate, synchronise
+from trainer.bench.rates import Task, Work, alternate, synchronise
+from trainer.data import exchange_pixels
 from trainer.distributed import Ranks, gather, join
-from trainer.exchange import Traffic, count_traffic
-from trainer.feed import exchange_pixels
 from trainer.interconnect import (
     LOOPBACK,
     NETWORK,
@@ -36,9 +35,9 @@ from trainer.interconnect import (
     predict_traffic,
 )
 from trainer.launch import launch
-from trainer.learner import Learner
-from trainer.parallel import MODES, Mode, Parallel
+from trainer.parallel import MODES, Mode, Parallel, Traffic, count_traffic
 from trainer.recipe import RECIPES, Recipe
+from trainer.step import Learner
 
 NUM_CLASSES = 1000
 KINDS = ("parameters", "activations", "input")

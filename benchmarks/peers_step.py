@@ -41,8 +41,8 @@ class Way:
 def ours(job: Job, recipe_name: str, *settings: str) -> Way:
     from trainer.distributed import Ranks
     from trainer.evaluate import count_errors
-    from trainer.learner import Learner
     from trainer.recipe import RECIPES, override
+    from trainer.step import Learner
 
     settings = (f"global_batch_size={job['batch']}", *settings)
     recipe = override(RECIPES[recipe_name], settings)

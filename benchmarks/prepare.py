@@ -29,7 +29,7 @@ ENDINGS = (".jpg", ".jpeg")
 NUM_STAGED = 400  # images on which the stages of ours are timed
 LEAST_PSNR_DB = 28.0  # photographs shifted by one pixel: 24
 ENTRIES = (
-    Entry("ours", "ours", "`tools.sharder.make_shards`"),
+    Entry("ours", "ours", "`tools.sharding.make.make_shards`"),
     Entry("simplejpeg", "peer", "simplejpeg decode, OpenCV AREA, simplejpeg encode, webdataset TarWriter"),
     Entry("opencv", "peer", "OpenCV alone, as img2dataset does, TarWriter"),
     Entry("ffcv", "peer", "FFCV DatasetWriter, jpg, longer side to 341, no crop"),

@@ -13,13 +13,13 @@ NUM_STAGE_PASSES = 4
 STAGES = {  # functions of ours that make up a stage, by the names they are looked up under
     "decode": "pipeline.images.resize.decode",
     "resize and crop": "pipeline.images.resize.to_square",
-    "encode": "tools.hostcodec.encode",
+    "encode": "tools.sharding.hostcodec.encode",
 }
 
 
 def ours(job: Job) -> Contestant:
-    from tools.sharder import make_shards
-    from tools.sources import open_source
+    from tools.sharding.make import make_shards
+    from tools.sources.source import open_source
 
     def run(num: int) -> Timed:
         out = job.fresh()
@@ -60,8 +60,8 @@ def time_stages(tree: Path, fresh: Callable[[], Path]) -> dict[str, float]:
 
     import torch
 
-    from tools import sharder
-    from tools.sources import open_source
+    from tools.sharding import make as sharder
+    from tools.sources.source import open_source
 
     spent: dict[str, float] = {}
     nested = [0.0]

@@ -22,11 +22,11 @@ from pathlib import Path
 import torch
 
 from trainer import checkpoint
+from trainer.bench.usage import list_tree, memory_bytes
+from trainer.checkpoint import Saver
 from trainer.distributed import Ranks
-from trainer.learner import Learner
 from trainer.recipe import RECIPES
-from trainer.saving import Saver
-from trainer.usage import list_tree, memory_bytes
+from trainer.step import Learner
 
 
 def time_s(function: Callable[[], object], device: torch.device) -> float:

@@ -25,7 +25,7 @@ HERE = Path(__file__).resolve().parent
 SCRIPT = HERE / "peers_step.py"
 NUM_CLASSES = 1000
 ENTRIES = (
-    Entry("ours", "ours", "`trainer.learner.Learner`, recipe paper, float32"),
+    Entry("ours", "ours", "`trainer.step.Learner`, recipe paper, float32"),
     Entry("ours-no-lrn", "ours", "the same without normalisation"),
     Entry("ours-bf16", "ours", "the same, bfloat16 autocast"),
     Entry(
@@ -71,7 +71,7 @@ def measure(
 ) -> tuple[str, dict[str, Any]]:
     """Everything: the table and the JSON document."""
     sys.path.insert(0, str(HERE.parent))
-    from trainer.bench_step import count_step_bytes, count_step_flops
+    from trainer.bench.tasks import count_step_bytes, count_step_flops
     from trainer.recipe import RECIPES
 
     paper = RECIPES["paper"]

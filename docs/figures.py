@@ -31,13 +31,22 @@ from pipeline.loader import EvalLoader, TrainLoader, read_pixels  # noqa: E402
 from pipeline.options import Transform  # noqa: E402
 from pipeline.shards import ShardSet  # noqa: E402
 from trainer import checkpoint  # noqa: E402
-from trainer.drawing import BLUE, GREEN, GREY, ORANGE, VERMILION, style  # noqa: E402
 from trainer.evaluate import count_errors  # noqa: E402
-from trainer.figures_runs import name_runs, overfitting_figure, training_error  # noqa: E402
-from trainer.metricslog import read_metrics  # noqa: E402
 from trainer.model import AlexNet, local_response_norm  # noqa: E402
 from trainer.recipe import from_dict  # noqa: E402
-from trainer.runlog import CHECKPOINTS, LAST, METRICS, read_config  # noqa: E402
+from trainer.record.metrics import read_metrics  # noqa: E402
+from trainer.record.runs import CHECKPOINTS, LAST, METRICS, read_config  # noqa: E402
+from trainer.report.pictures import (  # noqa: E402  # noqa: E402
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    VERMILION,
+    name_runs,
+    overfitting_figure,
+    style,
+    training_error,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -21,7 +21,7 @@ from urllib.parse import unquote, urlsplit
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("pipeline", "trainer", "tools")
-NEEDS = {"trainer.lrn_triton": "triton"}  # modules that cannot be imported without what not everybody has
+NEEDS = {"trainer.kernels.lrn_triton": "triton"}  # modules that cannot be imported without what not everybody has
 LEFT_OUT = ("trainer.__main__",)
 
 

@@ -6,7 +6,6 @@
 the CPU the two last steps are one operator of our own where it can be compiled (operators/), else DALI's.
 """
 
-import hashlib
 import resource
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +26,7 @@ from pipeline.options import (
     Crops,
     GraphSpec,
     Transform,
+    stream_seed,
 )
 from pipeline.shards import ShardSet, check_index, check_raw, find_damage
 
@@ -138,12 +138,6 @@ def pixel_graph(shards: ShardSet, spec: GraphSpec) -> Pipeline:
 def has_own_operators(spec: GraphSpec) -> bool:
     """Whether the cores decode by our own operators, which refuse a damaged JPEG; DALI's take it in silence."""
     return spec.decode == "cpu" and load_operators()
-
-
-def stream_seed(seed: int, *names: object) -> int:
-    """A 31-bit seed for one random stream, a function of the run's seed and the stream's names."""
-    digest = hashlib.sha256("/".join(map(str, (seed, *names))).encode()).digest()
-    return int.from_bytes(digest[:4], "little") & 0x7FFFFFFF
 
 
 def count_buffered(shards: ShardSet, spec: GraphSpec) -> int:

@@ -1,5 +1,6 @@
 """What a batch is (Transform) and where and how it is made (LoaderOptions), checked before anything is built."""
 
+import hashlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -290,3 +291,9 @@ def count_local_ranks(world_size: int) -> int:
 def count_threads(num_local_ranks: int = 1) -> int:
     """This rank's share of the cores, at least 1."""
     return max(1, len(os.sched_getaffinity(0)) // num_local_ranks)
+
+
+def stream_seed(seed: int, *names: object) -> int:
+    """A 31-bit seed for one random stream, a function of the run's seed and the stream's names."""
+    digest = hashlib.sha256("/".join(map(str, (seed, *names))).encode()).digest()
+    return int.from_bytes(digest[:4], "little") & 0x7FFFFFFF

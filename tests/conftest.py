@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.every_command import places  # noqa: F401 - a fixture
+from tests.docs.every_command import places  # noqa: F401 - a fixture
 from tests.s3_server import s3_bucket, s3_client, s3_endpoint  # noqa: F401 - fixtures
-from tools.sharder import make_shards
-from tools.sources import open_source
+from tools.sharding.make import make_shards
+from tools.sources.source import open_source
 from tools.synth import make_tree
 
 SAMPLES_PER_SHARD = 16

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tools.sharder import Summary, make_shards
-from tools.sources import open_source
+from tools.sharding.make import Summary, make_shards
+from tools.sources.source import open_source
 
 BROKEN = b"this is no image"
 PREP = Path(sys.executable).with_name("alexnet-prep")

@@ -13,7 +13,7 @@ import click
 import pytest
 import yaml
 
-from tests.documents import find_command
+from tests.docs.documents import find_command
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -93,7 +93,7 @@ def test_the_container_is_given_every_file_that_its_recipe_copies_and_no_other()
 
 
 def test_the_container_states_the_least_driver_that_the_doctor_asks_for():
-    from tools.verdicts import DALI_CUDA, OLDEST_DRIVER
+    from tools.checks.doctor import DALI_CUDA, OLDEST_DRIVER
 
     text = (ROOT / "Dockerfile").read_text(encoding="utf-8")
     (image,) = [words for name, words in read_dockerfile() if name == "FROM"]

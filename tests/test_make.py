@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.documents import PROJECT, ROOT, read_blocks, split_commands
+from tests.docs.documents import PROJECT, ROOT, read_blocks, split_commands
 
 pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 COPIED = ("Makefile", "pyproject.toml", "constraints.txt", "tools/demo.sh")

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.every_command import COMMANDS, TRAIN, TWO_RANKS, WITH_RAY, fill
-from tests.trainer.commands import BIN, environment
+from tests.docs.every_command import COMMANDS, TRAIN, TWO_RANKS, WITH_RAY, fill
+from tests.trainer.running import BIN, environment
 
 OWN = ("pipeline", "tools", "trainer")
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.documents import PROJECT, ROOT
-from tests.every_command import COMMANDS, TWO_RANKS, WITH_RAY, fill
+from tests.docs.documents import PROJECT, ROOT
+from tests.docs.every_command import COMMANDS, TWO_RANKS, WITH_RAY, fill
 from tests.streams import KINDS, STDERR, STDOUT, open_broken, run_broken
-from tests.trainer.commands import NARROW, environment
+from tests.trainer.running import NARROW, environment
 
 # Runs each case on its standard input (a folder, a stream, what takes its place, words) as its script would, in a fork
 # of a process that has imported what takes long. Prints (status, what was written to the other stream) of all.

@@ -71,7 +71,7 @@ def test_every_file_of_the_packages_is_in_the_wheel(wheel):
         "pipeline/operators/decode.c",
         "pipeline/operators/finish.c",
         "pipeline/operators/cuda/cuda_runtime_api.h",
-        "trainer/native.c",
+        "trainer/kernels/native.c",
         "pipeline/images/ilsvrc2012.txt",
     } <= wanted
     assert wanted - inside == LEFT_OUT

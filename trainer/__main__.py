@@ -7,6 +7,6 @@ if __name__ == "__main__":
     if not sys.flags.safe_path and Path(sys.path[0]) != Path(__file__).parents[1]:
         del sys.path[0]  # the current folder, where the user's own pipeline.py may lie
 
-    from trainer.cli import train
+    from trainer.commands.train import train
 
     train()

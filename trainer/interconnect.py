@@ -20,7 +20,7 @@ from trainer.parallel import MODES, Mode, check
 from trainer.recipe import Recipe
 
 if TYPE_CHECKING:
-    from trainer.exchange import Traffic
+    from trainer.parallel import Traffic
 
 _CONV3_SIDE_PX = 13  # of conv3's input, in every recipe
 _SHIFT_BYTES = 12  # of an image's colour shift, sent with its pixels
@@ -65,7 +65,7 @@ def predict_traffic(
 
     Buckets of gradients are not known here: their number stands as one.
     """
-    from trainer.exchange import Traffic
+    from trainer.parallel import Traffic
 
     with torch.device("meta"):
         net = AlexNet(recipe, num_classes)

@@ -1,20 +1,16 @@
-"""Starting ranks on this machine, and what is said and done when one dies.
-
-The decision that shaped it: the rank that fails first tells, once, on stderr, whoever has started it (this launcher,
-torchrun, srun); a rank that merely lost its peer keeps quiet. So the launcher adds a word only for a rank that could
-not speak, and torch's own report is not shown. Left out: several machines (torchrun, srun: docs/operations.md).
-"""
+"""Starting ranks, by this machine or by Slurm, and what is done when one dies."""
 
 import logging
 import math
 import multiprocessing
 import os
+import re
 import signal
 import threading
 import time
 import traceback
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from multiprocessing import resource_tracker
 from types import FrameType
 from typing import Any
@@ -29,7 +25,7 @@ from pipeline.common.console import (
 )
 from pipeline.common.errors import UserError
 from trainer.distributed import FAILURE, LAUNCH_ID, PEER_LOST, RESTART, is_first_to, is_peer_loss
-from trainer.signals import list_signals
+from trainer.safety import list_signals
 
 _STOPPED = (0, *(128 + number for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)))  # having saved
 STATUS_CRASHED, STATUS_PEER_LOST = 70, 75  # of a rank: a defect, whose traceback it has shown; another one is gone
@@ -213,3 +209,53 @@ def _tell(error: Exception) -> int:
     warn("".join(traceback.format_exception(error)).rstrip())
     warn(f"error: rank {rank} failed: {type(error).__name__}: {' '.join(str(error).split())}")
     return STATUS_CRASHED
+
+
+_FIRST_PORT, _NUM_PORTS = 20000, 12000  # below the ports that Linux hands out by itself
+
+
+def adopt(environment: MutableMapping[str, str]) -> None:
+    """Set RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT from srun's variables.
+
+    Does nothing outside of a step of several tasks, or where RANK is set (torchrun under srun). MASTER_ADDR and
+    MASTER_PORT are kept where set. Raises UserError for an environment that cannot be srun's.
+    """
+    num_tasks = environment.get("SLURM_STEP_NUM_TASKS", "1")
+    if "RANK" in environment or num_tasks == "1":
+        return
+    try:
+        rank, local_rank = int(environment["SLURM_PROCID"]), int(environment["SLURM_LOCALID"])
+        node = int(environment["SLURM_NODEID"])
+        local_size = expand_counts(environment["SLURM_STEP_TASKS_PER_NODE"])[node]
+        job, step = int(environment["SLURM_JOB_ID"]), int(environment["SLURM_STEP_ID"])
+        host = first_host(environment["SLURM_STEP_NODELIST"])
+        world_size = int(num_tasks)
+    except (KeyError, ValueError, IndexError) as error:
+        raise UserError(
+            f"Slurm's environment is not understood ({type(error).__name__}: {error}); start ranks with srun, or with "
+            "torchrun inside of it"
+        ) from error
+    environment.update(
+        RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(local_rank), LOCAL_WORLD_SIZE=str(local_size)
+    )
+    environment.setdefault("MASTER_ADDR", host)
+    environment.setdefault("MASTER_PORT", str(_FIRST_PORT + (31 * job + step) % _NUM_PORTS))
+
+
+def first_host(nodes: str) -> str:
+    """The first of a list as Slurm abbreviates it: "gpu[03-05,09]-ib,login" is gpu03-ib and so on."""
+    match = re.match(r"([^,\[\]]*)(?:\[(\d+)[^\]]*\]([^,\[\]]*))?", nodes)
+    if not match or not match[0]:
+        raise ValueError(f"no host in {nodes!r}")
+    return (match[1] or "") + (match[2] or "") + (match[3] or "")
+
+
+def expand_counts(counts: str) -> list[int]:
+    """Tasks of each node: "2(x3),1" is 2, 2, 2, 1."""
+    expanded: list[int] = []
+    for part in counts.split(","):
+        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
+        if not match:
+            raise ValueError(f"no counts in {counts!r}")
+        expanded += [int(match[1])] * int(match[2] or 1)
+    return expanded

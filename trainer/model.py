@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from trainer.lrn import local_response_norm, spatial_response_norm
+from trainer.kernels.lrn import local_response_norm, spatial_response_norm
 from trainer.recipe import Recipe
 
 HIDDEN_BIAS_LAYERS = ("conv2", "conv4", "conv5", "fc6", "fc7")  # P 5, with S: fc8's is 0

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
 from pipeline.common.errors import UserError
-from trainer.native import load_native
+from trainer.kernels.native import load_native
 from trainer.recipe import Recipe
 
 _CUT = 10.0  # P 5: "divide the learning rate by 10"; S the same

@@ -1,29 +1,229 @@
-"""The training loop: epochs of steps, an evaluation and a checkpoint after each, resumable to the same numbers.
+"""One run, from the shards to the last checkpoint: set up, step, log, evaluate, save."""
 
-The decision that shaped it: between two steps all ranks decide together whether to save or to stop. Nothing waits for
-the device within a step: sums stay there until a record is due. Left out: flags (cli.py), what is put together and
-saved (run.py), what learns (learner.py), what is read (feed.py), what is written (journal.py).
-"""
-
+import hashlib
 import math
 import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
+from pipeline.colors import ColorStats
 from pipeline.common.console import set_voice, warn
 from pipeline.common.errors import UserError
 from pipeline.loader import Batch
-from trainer.display import choose_display
-from trainer.distributed import join, reduce_sum, restart_count
-from trainer.evaluate import Errors, count_errors, evaluate
-from trainer.job import LOG_STEPS, Job
-from trainer.memory import GpuMeter
-from trainer.resume import EPOCH
-from trainer.run import Run
-from trainer.runlog import BEST
-from trainer.signals import StopRequest
-from trainer.tally import Tally
-from trainer.watchdog import Watchdog
+from pipeline.shards import ShardSet
+from trainer.checkpoint import EPOCH, Saver, check_resumable, choose_streams, find_resumed, list_steps, load_resumed
+from trainer.config import LOG_STEPS, Job
+from trainer.data import TrainFeed
+from trainer.distributed import Ranks, check_alike, gather, join, launch_id, reduce_sum, restart_count
+from trainer.evaluate import Errors, count_errors, evaluate, make_eval_loader
+from trainer.kernels.native import load_native
+from trainer.model import AlexNet
+from trainer.nets.finetune import Start, start_from
+from trainer.nets.formats import load_any
+from trainer.nets.weights import list_classes
+from trainer.parallel import check as check_parallel
+from trainer.recipe import to_dict
+from trainer.record.logger import Journal
+from trainer.record.progress import Tally, choose_display
+from trainer.record.runs import BEST, CHECKPOINTS
+from trainer.report.tensorboard import Board, open_board
+from trainer.safety import GpuMeter, LossGuard, StopRequest, StuckLoss, Watchdog
+from trainer.step import Learner
+
+_OF_THIS_MACHINE = ("num_threads", "num_local_ranks")
+
+
+def describe(job: Job, shards: ShardSet, ranks: Ranks, started_from: Start | None) -> dict[str, Any]:
+    """For config.json."""
+    return {
+        "recipe": to_dict(job.recipe),
+        "seed": job.seed,
+        "shards": shards.location,
+        "shards_fingerprint": shards.fingerprint,
+        "num_classes": shards.num_classes,
+        "classes": list_classes(shards.manifest.classes),
+        "world_size": ranks.world_size,
+        "device": ranks.device.type,
+        "feeding": {name: value for name, value in asdict(job.loader).items() if name not in _OF_THIS_MACHINE},
+        "weights": started_from and asdict(started_from),
+        "parallel": asdict(job.parallel),
+        "safety": asdict(job.safety),
+        "launch_id": launch_id(),
+    }
+
+
+def list_facts(job: Job, shards: ShardSet, colors: ColorStats, saved: dict[str, Any] | None) -> dict[str, str]:
+    """What has to be the same on all ranks; `saved`: the checkpoint to go on from."""
+    return {
+        "shards": shards.fingerprint[:12],
+        "colours (SHA-256)": hashlib.sha256(colors.mean_image.tobytes()).hexdigest()[:12],
+        **{f"recipe field {name}": str(value) for name, value in to_dict(job.recipe).items()},
+        "--seed": str(job.seed),
+        "--weights": str(job.weights),
+        "--parallel": str(job.parallel),
+        **{f"--{name.replace('_', '-')}": str(value) for name, value in asdict(job.safety).items()},
+        "the step to resume from": str(saved["step"]) if saved else "0",
+    }
+
+
+def list_arithmetic(ranks: Ranks) -> dict[str, str]:
+    """What the last bits of a step depend on besides weights, samples and draws; of a GPU nothing, whose bits vary."""
+    if ranks.device.type == "cuda":
+        return {}
+    return {
+        "torch": str(torch.__version__),
+        "threads": str(torch.get_num_threads()),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "LRN": "torch's operations" if load_native() is None else "compiled C",
+    }
+
+
+def name_changes(before: dict[str, str], ranks: Ranks) -> str:
+    """How the arithmetic of a resumed run differs from `before`, in words; empty if it does not."""
+    now = list_arithmetic(ranks)
+    changed = [name for name in now if name in before and before[name] != now[name]]
+    return ", ".join(f"{name}: {before[name]} before, {now[name]} now" for name in changed)
+
+
+def get_random_state(ranks: Ranks) -> dict[str, Tensor]:
+    """Of this rank: torch's on the CPU, and on its GPU."""
+    state = {"cpu": torch.get_rng_state()}
+    if ranks.device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_random_state(state: dict[str, Tensor], ranks: Ranks) -> None:
+    """As `get_random_state` gave it."""
+    torch.set_rng_state(state["cpu"])
+    if ranks.device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+class Run:
+    """A run in progress, on one rank."""
+
+    def __init__(self, job: Job, ranks: Ranks, watchdog: Watchdog) -> None:
+        self.job, self.ranks, self.watchdog, recipe = job, ranks, watchdog, job.recipe
+        check_parallel(job.parallel.mode, recipe, ranks.world_size)
+        self.resume = find_resumed(job, ranks)
+        self.shards = ShardSet.open(job.shards, cache_dir=job.cache_dir)
+        self.colors = ColorStats.load(self.shards.root, self.shards.fingerprint)
+        self.has_val = self.shards.num_samples("val") > 0
+        if not self.has_val and recipe.schedule == "plateau":
+            raise UserError(
+                f"{self.shards.root}: no validation images, but recipe {recipe.name} cuts its rate when their error "
+                "stalls; shard a source with val/, or use --set schedule=cosine"
+            )
+        saved = load_resumed(job, self.resume, warn if ranks.is_first else lambda _: None)
+        check_alike(list_facts(job, self.shards, self.colors, saved), ranks)
+        if saved:
+            check_resumable(saved, self.resume, self.shards, ranks)
+            changed = name_changes(saved.get("arithmetic", {}), ranks)
+            if changed and ranks.is_first:
+                warn(f"warning: {self.resume}: from here on not to the same bits ({changed})")
+        self.started_from: Start | None = None
+        start = self._start_from if job.weights and not saved else None
+        self.learner = Learner(recipe, self.shards.num_classes, ranks, job.seed, job.parallel, start)
+        self.step, self.epoch, self.time_s, self.best_error = 0, 1, 0.0, math.inf
+        self.before_evaluation: dict[str, Any] | None = None  # this rank's place after an epoch's last step
+        self.sums = torch.zeros(4, dtype=torch.float64, device=ranks.device)
+        streams = choose_streams(job.seed, saved, ranks)
+        torch.manual_seed(streams.dropout)
+        self.feed = TrainFeed(
+            self.shards,
+            self.colors,
+            recipe,
+            ranks,
+            seed=streams.feed,
+            epoch=int(saved["epoch"]) if saved else 1,
+            options=job.loader,
+            whole=self.learner.split.mode == "columns",
+        )
+        if saved:
+            self._restore(saved)
+        self.eval_loader = (
+            make_eval_loader(self.shards, self.colors, recipe, ranks, "centre", job.loader) if self.has_val else None
+        )
+        self.journal = Journal(
+            ranks, job.runs, job.name, describe(job, self.shards, ranks, self.started_from), self.colors,
+            resume=self.resume, step=self.step, epoch=self.epoch, voice=job.voice,
+            make_board=self._open_board if job.tensorboard else None,
+        )  # fmt: skip
+        self.saver = Saver(
+            self.journal.folder / CHECKPOINTS,
+            ranks,
+            keep=job.safety.keep_checkpoints,
+            minutes=job.safety.checkpoint_minutes,
+            before=self.journal.sync,
+            tell=self._tell_unsaved,
+            alive=lambda: self.watchdog.beat("a piece of a checkpoint"),
+        )
+        self.is_prepared = False
+        self.guard = LossGuard(
+            ranks,
+            self.journal.folder,
+            job.safety.on_nonfinite,
+            list(self.learner.model.parameters()),
+            int(saved.get("skipped", 0)) if saved else 0,
+        )
+        self.stuck = StuckLoss(self.shards.num_classes, len(self.feed))
+
+    def _open_board(self, run: Path) -> Board:
+        return open_board(run, self.shards, self.colors, self.job.recipe, self.step if self.resume else None)
+
+    def _start_from(self, model: AlexNet) -> None:
+        assert self.job.weights is not None
+        weights = load_any(self.job.weights, is_completed=False)
+        self.started_from = start_from(model, weights, self.shards.manifest.classes)
+
+    def place(self) -> dict[str, Any]:
+        """What is this rank's own in a checkpoint."""
+        return {"loader": self.feed.state_dict(), "sums": self.sums.cpu(), "random": get_random_state(self.ranks)}
+
+    def save(self, *names: str) -> None:
+        """Begin to save; the checkpoint will have `names`, too."""
+        self.saver.wait()
+        mine = self.before_evaluation or self.place()
+        states, learnt = gather(mine, self.ranks), self.learner.state_dict()
+        state = {
+            **learnt,
+            "recipe": to_dict(self.job.recipe),
+            "num_classes": self.shards.num_classes,
+            "shards_fingerprint": self.shards.fingerprint,
+            "seed": self.job.seed,
+            "feed_seed": self.feed.seed,
+            "step": self.step,
+            "epoch": self.epoch,
+            "time_s": self.time_s,
+            "best_error": self.best_error,
+            "skipped": self.guard.skipped,
+            "is_best": BEST in names,
+            "arithmetic": list_arithmetic(self.ranks),
+            "ranks": states,
+        }
+        self.saver.begin(state, self.step, names)
+
+    def _tell_unsaved(self, step: int, what: str) -> None:
+        kept = next(iter(list_steps(self.journal.folder / CHECKPOINTS)), None)
+        rest = f"that of step {kept} is kept" if kept is not None else "there is none before it"
+        warn(f"warning: no checkpoint of step {step}: {what}; {rest}, training goes on and will try again")
+        self.journal.event("checkpoint_failed", step=step, reason=what)
+
+    def _restore(self, saved: dict[str, Any]) -> None:
+        self.learner.load_state_dict(saved)
+        self.step, self.epoch = int(saved["step"]), int(saved["epoch"])
+        self.time_s, self.best_error = saved["time_s"], saved["best_error"]
+        if len(saved["ranks"]) != self.ranks.world_size:
+            return  # an epoch begins, with the streams of choose_streams
+        mine = saved["ranks"][self.ranks.rank]
+        self.sums.copy_(mine["sums"])
+        self.feed.load_state_dict(mine["loader"], self.epoch)
+        set_random_state(mine["random"], self.ranks)
 
 
 def run_rank(job: Job) -> int:

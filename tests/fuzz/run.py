@@ -101,8 +101,8 @@ def make_inputs(folder: Path) -> tuple[Path, dict[str, Path], Path]:
     from pipeline.colors import ColorStats
     from pipeline.shards import ShardSet
     from tests.layout_builders import BUILDERS
-    from tools.sharder import make_shards
-    from tools.sources import open_source
+    from tools.sharding.make import make_shards
+    from tools.sources.source import open_source
     from tools.synth import make_tree
     from trainer import checkpoint
 

@@ -81,7 +81,7 @@ def _read_index(shards: ShardSet) -> None:
 
 def _check_shard(path: Path, data: bytes) -> bool:
     """`alexnet-prep verify` has no refusal: whatever is in a tar becomes a list of problems."""
-    from tools.tarcheck import Samples, TarReader
+    from tools.checks.shards import Samples, TarReader
 
     path.write_bytes(data)
     problems: list[str] = []
@@ -101,7 +101,7 @@ def _source(folder: Path, root: Path, layout: str, name: str) -> Target:
     """A source in which one file is replaced. Listed, and some of it read: an image that cannot be is an OSError."""
     import importlib
 
-    module = importlib.import_module(f"tools.layouts.{layout}")
+    module = importlib.import_module(f"tools.sources.{layout}")
     copy = Path(shutil.copytree(root, folder / f"{layout}-{Path(name).stem}"))
 
     def read() -> None:
@@ -121,7 +121,7 @@ def _source(folder: Path, root: Path, layout: str, name: str) -> Target:
 
 def _read_weights(path: Path, data: bytes) -> bool:
     from trainer import checkpoint
-    from trainer.weightfile import read_tensors
+    from trainer.nets.formats import read_tensors
 
     path.write_bytes(data)
     refuses_in_one_line(lambda: checkpoint.load(path))

@@ -142,7 +142,7 @@ def test_our_c_code_does_nothing_undefined_with_mutants_nor_with_any_shape(tmp_p
     compiler, program = shutil.which("cc"), tmp_path / "kernels"
     if compiler is None:
         pytest.skip("no C compiler")
-    sources = [str(ROOT / "tests/fuzz/kernels.c"), str(ROOT / "trainer/native.c")]
+    sources = [str(ROOT / "tests/fuzz/kernels.c"), str(ROOT / "trainer/kernels/native.c")]
     flags = ["-O1", "-g", "-mssse3", "-fopenmp", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     built = subprocess.run(
         [compiler, *flags, *sources, "-ljpeg", "-lm", "-o", str(program)], capture_output=True, text=True, check=False

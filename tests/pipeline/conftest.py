@@ -11,7 +11,7 @@ from pipeline.download import CHECKED
 from pipeline.loader import EvalLoader, TrainLoader
 from pipeline.options import LoaderOptions, Transform
 from pipeline.shards import ShardSet
-from tests.pipeline.loading import make_raw
+from tests.pipeline.loader.loading import make_raw
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from pipeline import shards as shards_module
 from pipeline.common.errors import UserError
 from pipeline.download import CHECKED
 from pipeline.shards import Checksums, ShardSet
-from tools.verify import verify
+from tools.checks.verify import verify
 
 ROOT = Path(__file__).resolve().parents[2]
 DEADLINE_S = 60  # far beyond what anything here takes

@@ -24,7 +24,7 @@ from pipeline.download import CHECKED, find_unchecked
 from pipeline.manifest import IMAGE_SIZE_PX, index_header
 from pipeline.shards import ShardSet
 from tests.s3_server import Bucket
-from tools.preview import copy_samples
+from tools.checks.preview import copy_samples
 
 ROOT = Path(__file__).resolve().parents[2]
 DEADLINE_S = 60  # far beyond what anything here takes, and less than what a client waits for a server

@@ -14,7 +14,7 @@ from pipeline.loader import read_pixels
 from pipeline.operators import load_operators
 from pipeline.options import FIVE_OFFSETS_PX, Transform
 from tests import oracle
-from tests.pipeline.loading import list_images, record
+from tests.pipeline.loader.loading import list_images, record
 
 FLOAT32_TOLERANCE_GREY = 1e-3
 FLOAT16_EPSILON = 2.0**-10

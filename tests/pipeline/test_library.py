@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.documents import find_blocks
+from tests.docs.documents import find_blocks
 
 ROOT = Path(__file__).parents[2]
 DOCUMENT = ROOT / "docs" / "library.md"

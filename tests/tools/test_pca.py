@@ -16,8 +16,8 @@ from pipeline.common.errors import UserError
 from pipeline.shards import ShardSet
 from tests import oracle
 from tools import pca
-from tools.sharder import make_shards
-from tools.sources import open_source
+from tools.sharding.make import make_shards
+from tools.sources.source import open_source
 
 RELATIVE_TOLERANCE = 1e-6
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.trainer.commands import NARROW, run
+from tests.trainer.running import NARROW, run
 
 
 @pytest.fixture(scope="session")

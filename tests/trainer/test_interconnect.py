@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from pipeline.common.errors import UserError
-from trainer.cli_ranks import choose_parallel
+from trainer.commands.options import choose_parallel
 from trainer.interconnect import (
     NETWORK,
     NVLINK,

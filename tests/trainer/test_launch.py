@@ -16,8 +16,9 @@ import pytest
 import torch
 
 from pipeline.common.errors import UserError
-from trainer import distributed, slurm
-from trainer.cli_ranks import check_divisible
+from trainer import distributed
+from trainer import launch as slurm
+from trainer.commands.options import check_divisible
 from trainer.distributed import Ranks, choose_device, is_peer_loss, join
 from trainer.recipe import RECIPES
 
@@ -34,7 +35,7 @@ from torch.distributed.elastic.multiprocessing.api import MultiprocessContext
 from pipeline.common import console
 from pipeline.common.errors import UserError
 from trainer.distributed import check_alike, gather, join, reduce_sum, restart_count
-from trainer.signals import StopRequest
+from trainer.safety import StopRequest
 from trainer.launch import launch, run_as_rank
 
 def fail(how):

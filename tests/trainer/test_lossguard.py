@@ -10,13 +10,15 @@ import torch
 
 from pipeline.common.errors import UserError
 from pipeline.loader import Batch
-from tests.trainer.nets import DEMO, PAPER
-from trainer import checkpoint, lossguard, run, train
+from tests.trainer.trained import DEMO, PAPER
+from trainer import checkpoint, train
+from trainer import safety as lossguard
+from trainer import train as run
+from trainer.config import Job, Safety
 from trainer.distributed import Ranks
-from trainer.job import Job, Safety
 from trainer.launch import launch
-from trainer.learner import Learner
-from trainer.lossguard import LossGuard, StuckLoss
+from trainer.safety import LossGuard, StuckLoss
+from trainer.step import Learner
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 RECIPE = replace(DEMO, global_batch_size=8, epochs=1, schedule="milestones")

@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from pipeline.common.errors import UserError
-from tests.trainer.nets import DEMO
-from trainer import run, train
+from tests.trainer.trained import DEMO
+from trainer import train
+from trainer import train as run
+from trainer.config import Job
 from trainer.distributed import Ranks
-from trainer.job import Job
-from trainer.learner import Learner
-from trainer.memory import GpuMeter, explain, find_fitting_batch
+from trainer.safety import GpuMeter, explain, find_fitting_batch
+from trainer.step import Learner
 
 MIB = 1 << 20
 

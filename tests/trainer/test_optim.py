@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from pipeline.common.errors import UserError
 from tests import oracle
 from trainer import optim
+from trainer.kernels.native import load_native
 from trainer.model import AlexNet
-from trainer.native import load_native
 from trainer.optim import PaperSGD, Schedule, make_optimizer, make_schedule
 from trainer.recipe import RECIPES, Recipe, override
 

@@ -12,12 +12,11 @@ import torch
 
 from pipeline.common.errors import UserError
 from trainer.distributed import Ranks, gather, join
-from trainer.exchange import Traffic, count_traffic
 from trainer.interconnect import predict_traffic
 from trainer.launch import launch
-from trainer.learner import Learner
-from trainer.parallel import Parallel, check
+from trainer.parallel import Parallel, Traffic, check, count_traffic
 from trainer.recipe import RECIPES, Recipe
+from trainer.step import Learner
 
 BATCH_SIZE, NUM_CLASSES, NUM_UPDATES, TOLERANCE = 4, 5, 5, 1e-9
 # The released source's net, which has everything that could be divided wrongly; He's weights, so that it learns

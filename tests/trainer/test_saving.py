@@ -13,16 +13,15 @@ import pytest
 import torch
 
 from pipeline.common.errors import UserError
-from tests.trainer.nets import DEMO
+from tests.trainer.trained import DEMO
 from trainer import checkpoint
-from trainer.cli_safety import find_begun
+from trainer.checkpoint import Saver, Snapshot, list_saved, list_steps
+from trainer.commands.options import find_begun
+from trainer.config import Job
 from trainer.distributed import Ranks
 from trainer.evaluate import Errors
-from trainer.job import Job
-from trainer.journal import Journal
-from trainer.resume import list_saved
-from trainer.runlog import read_config
-from trainer.saving import Saver, Snapshot, list_steps
+from trainer.record.logger import Journal
+from trainer.record.runs import read_config
 from trainer.train import run_rank
 
 ALONE = Ranks(0, 1, torch.device("cpu"))

@@ -1,0 +1,156 @@
+"""The scanner of tars: what the standard library finds, and one line for each way of being broken."""
+
+import io
+import tarfile
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.common.errors import UserError
+from tests.layout_builders import add_member, build_tar
+from tools.sources.spans import OpenFile
+from tools.sources.tars import scan_tar
+
+FORMS = (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)
+NAMES = st.text(st.characters(exclude_characters="\0", exclude_categories=("Cs",)), min_size=1, max_size=150)
+
+
+def scan(path: Path, **options) -> list:
+    return [member for member, _ in scan_tar(OpenFile(str(path)), **options)]
+
+
+def list_by_tarfile(path: Path) -> list[tuple[str, bool, int, int]]:
+    with tarfile.open(path, "r:") as tar:
+        return [(m.name, m.isreg(), m.offset_data, m.size) for m in tar if not m.isdir()]
+
+
+@given(
+    members=st.lists(st.tuples(NAMES, st.integers(0, 3000), st.sampled_from("fffdl")), max_size=8),
+    form=st.sampled_from(FORMS),
+)
+def test_members_are_those_that_the_standard_library_finds(tmp_path_factory, members, form):
+    path = tmp_path_factory.mktemp("tar") / "x.tar"
+    with tarfile.open(path, "w", format=form) as tar:
+        for name, size, kind in members:
+            info = tarfile.TarInfo(name)
+            info.type = {"f": tarfile.REGTYPE, "d": tarfile.DIRTYPE, "l": tarfile.SYMTYPE}[kind]
+            info.linkname = "x" * 120 if kind == "l" and form != tarfile.USTAR_FORMAT else ""
+            info.size = size if kind == "f" else 0
+            try:
+                tar.addfile(info, io.BytesIO(b"\xff" * size))
+            except ValueError:
+                continue  # a name that this form cannot hold
+    # Trailing slashes are cut by the standard library; they say nothing about a file.
+    found = [(m.name.rstrip("/") or m.name, *m[1:]) for m in scan(path)]
+    assert found == [(name.rstrip("/") or name, *rest) for name, *rest in list_by_tarfile(path)]
+
+
+@pytest.mark.parametrize("form", FORMS, ids=["ustar", "gnu", "pax"])
+def test_long_names_are_whole_in_every_form(tmp_path, form):
+    names = ["d" * 150 + "/" + "f" * 90, "short"]
+    (tmp_path / "x.tar").write_bytes(build_tar([(name, b"x") for name in names], form))
+    assert [member.name for member in scan(tmp_path / "x.tar")] == names
+
+
+@pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT], ids=["gnu", "pax"])
+def test_offsets_and_sizes_beyond_8_gib_are_read(tmp_path, form):
+    path = tmp_path / "big.tar"
+    large = tarfile.TarInfo("large")
+    large.size = (9 << 30) + 5
+    with path.open("wb") as file:
+        header = large.tobuf(form)
+        file.write(header)
+        file.seek(len(header) + (9 << 30) + 512)  # a hole: it takes no room on the disk
+        file.write(build_tar([("behind", b"image")], form))
+    behind = scan(path)[1]
+    assert scan(path)[0].size == large.size and behind.offset > 9 << 30
+    assert OpenFile(str(path)).read(behind.offset, behind.size) == b"image"
+
+
+def test_a_tar_cut_anywhere_is_an_error_or_has_all_its_members(tmp_path):
+    path = tmp_path / "x.tar"
+    whole = build_tar([("a", b"x" * 700), ("b" * 150, b"y" * 20), ("c", b"")])
+    path.write_bytes(whole)
+    members = scan(path)
+    end = members[-1].offset + 512  # the end mark
+    assert len(members) == 3 and len(whole) > end
+    for num_bytes in [*range(0, len(whole), 128), end - 1]:
+        path.write_bytes(whole[:num_bytes])
+        if num_bytes >= end:
+            assert scan(path) == members
+            continue
+        with pytest.raises(UserError) as caught:
+            scan(path)
+        message = str(caught.value)
+        assert f"{path}: truncated: " in message and f"byte {num_bytes}" in message and "\n" not in message
+
+
+def test_the_end_mark_may_be_missing_from_a_tar_whose_size_another_one_tells(tmp_path):
+    path = tmp_path / "x.tar"
+    whole = build_tar([("a", b"x" * 700)])
+    path.write_bytes(b"\0" * 512 + whole)
+    assert [m.name for m in scan(path, start=512, size=512 + 1024, name="a.tar")] == ["a"]
+    with pytest.raises(UserError, match=r"x.tar, 'a.tar': truncated: 'a' \(header at byte 512\) needs 700 bytes"):
+        scan(path, start=512, size=1024, name="a.tar")
+
+
+@pytest.mark.parametrize("place", [0, 100, 148, 511])
+def test_a_flipped_bit_in_a_header_is_found(tmp_path, place):
+    path = tmp_path / "x.tar"
+    whole = bytearray(build_tar([("a", b"x" * 700), ("b", b"y")]))
+    whole[512 + 1024 + place] ^= 1
+    path.write_bytes(whole)
+    with pytest.raises(UserError, match="damaged: no tar header at byte 1536"):
+        scan(path)
+
+
+def make_gzip(path: Path) -> None:
+    with tarfile.open(path, "w:gz") as tar:
+        add_member(tar, "a", b"x" * 5000)
+
+
+def make_sparse(path: Path) -> None:
+    info = tarfile.TarInfo("holes")
+    info.type = tarfile.GNUTYPE_SPARSE
+    path.write_bytes(info.tobuf() + bytes(1024))
+
+
+def make_endless_name(path: Path) -> None:
+    info = tarfile.TarInfo("././@LongLink")
+    info.type, info.size = tarfile.GNUTYPE_LONGNAME, 2 << 20
+    path.write_bytes(info.tobuf() + bytes(3 << 20))
+
+
+def make_bad_size(path: Path) -> None:
+    header = bytearray(tarfile.TarInfo("a").tobuf())
+    header[124:136] = b"12345678901\0"
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    path.write_bytes(header + bytes(1024))
+
+
+def make_bad_pax(path: Path) -> None:
+    info = tarfile.TarInfo("x")
+    info.type, info.size = tarfile.XHDTYPE, 20
+    path.write_bytes(info.tobuf() + b"0 path=b\n".ljust(512, b"\0") + bytes(1024))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: path.write_bytes(b""), "truncated: ends at byte 0"),
+        (lambda path: path.write_bytes(b"\xff\xd8" * 400), "no tar, expected a tar header at byte 0; a compressed one"),
+        (make_gzip, "truncated: ends at byte|no tar, expected a tar header"),
+        (make_sparse, "'holes' .* is stored as a sparse file"),
+        (make_endless_name, "a name of 2097152 bytes at byte 0"),
+        (make_bad_size, "a member at byte 0 has no readable size"),
+        (make_bad_pax, "unreadable pax header at byte 0"),
+    ],
+)
+def test_what_is_no_plain_tar_is_refused_in_one_line(tmp_path, make, message):
+    make(tmp_path / "x.tar")
+    with pytest.raises(UserError, match=message) as caught:
+        scan(tmp_path / "x.tar")
+    assert "\n" not in str(caught.value) and str(tmp_path / "x.tar") in str(caught.value)

@@ -1,0 +1,1 @@
+"""Images -> shards: plan, write, resume, on one machine or many."""

@@ -1,0 +1,144 @@
+"""Where the images are: any of the forms in which ImageNet lies on disks, as a list of entries and a way to read one.
+
+The decision that shaped it: what a source holds (class table, entries in canonical order) is plain data, and reading
+is one picklable function, so that a worker process is sent entries and the function, never the whole listing. Class
+indices are the ranks of the class names in sorted order, and the canonical order (train by class and base name, val by
+base name, endings aside) depends on names alone, so it is the same wherever the images lie. Left out: looking into the
+images, and each layout's own ways (layouts/).
+"""
+
+import gc
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+from pipeline.common.errors import UserError
+from pipeline.images.imagenet import IMAGE_ENDINGS, load_ilsvrc2012
+from pipeline.manifest import SPLITS, ClassEntry
+from tools.sources import LAYOUTS, folder, kaggle, official, parquet, webdataset
+from tools.sources.folder import list_names
+from tools.sources.listing import Entry, Listing, name_some, pick_classes, put_in_order, take_share
+from tools.sources.spans import keep_open
+
+__all__ = ["IMAGE_ENDINGS", "Entry", "Source", "open_source"]
+
+_MODULES: dict[str, ModuleType] = dict(zip(LAYOUTS, (folder, kaggle, official, parquet, webdataset), strict=True))
+_MAX_FOLDERS_DOWN = 32  # in a folder with more in it, we do not go looking
+
+
+@dataclass(frozen=True)
+class Source:
+    """Images to prepare. `read(entry)` gives an image's bytes (raises OSError) and can be sent to another process.
+
+    `splits` maps "train" and "val" to entries in canonical order; `remarks` tell what was seen and not used.
+    """
+
+    layout: str
+    classes: tuple[ClassEntry, ...]
+    splits: dict[str, list[Entry]]
+    read: Callable[[Entry], bytes]
+    remarks: tuple[str, ...] = ()
+
+    def entries(self, split: str) -> list[Entry]:
+        """The images of "train" or "val" in canonical order."""
+        return self.splits[split]
+
+
+def open_source(
+    path: str | Path,
+    *,
+    layout: str | None = None,
+    val_fraction: float | None = None,
+    seed: int = 0,
+    subset: str | Path | None = None,
+) -> Source:
+    """List the images in the folder `path`, in the layout that is found there, or in `layout`.
+
+    `val_fraction` of each class's training images, chosen by `seed`, is for validation where the source does not say
+    what is; `subset` names a file of class names (wnids), one a line, to keep. Raises UserError for what is none of the
+    layouts or not whole, and for options that do not fit it; OSError for what cannot be read.
+    """
+    keep_open.cache_clear()
+    has_collector = gc.isenabled()
+    gc.disable()  # it would walk over millions of tuples again and again, none of which is in a cycle
+    try:
+        return _open_source(Path(path), layout, val_fraction, seed, None if subset is None else Path(subset))
+    finally:
+        if has_collector:
+            gc.enable()
+
+
+def _open_source(root: Path, layout: str | None, val_fraction: float | None, seed: int, subset: Path | None) -> Source:
+    module, at = _find_layout(root, layout)
+    listing: Listing = module.scan(at)
+    if at != root:
+        listing.remarks.insert(0, f"{listing.layout} layout found in {at}")
+    if subset is not None:
+        pick_classes(listing, subset)
+    if not listing.train:
+        raise UserError(f"{at}: no training image of these classes, expected at least one; choose others by --subset")
+    _divide(listing, val_fraction, seed)
+    names, train, val = put_in_order(listing)
+    titles = load_ilsvrc2012() | listing.titles
+    classes = tuple(ClassEntry(index, name, titles.get(name, name)) for index, name in enumerate(names))
+    splits = dict(zip(SPLITS, (train, val), strict=True))
+    return Source(listing.layout, classes, splits, listing.read, tuple(listing.remarks))
+
+
+def _divide(listing: Listing, val_fraction: float | None, seed: int) -> None:
+    if val_fraction is not None:
+        if listing.val:
+            raise UserError(
+                f"{listing.root}: has {len(listing.val):,} validation images, and --val-fraction takes more out of the "
+                "training images; give one or the other: leave --val-fraction out, or move the validation images away"
+            )
+        take_share(listing, val_fraction, seed)
+    elif listing.is_undivided:
+        raise UserError(
+            f"{listing.root}: class folders and no folder train/, so nothing says which images are for validation; "
+            "give --val-fraction 0.05 to take that share of each class, or put the class folders into train/"
+        )
+    elif not listing.val:
+        wanted = "no folder val/" if listing.layout in ("folder", "kaggle") else "no validation images"
+        listing.remarks.append(f"{wanted}: the shards will have no validation set (--val-fraction takes a share)")
+
+
+def _find_layout(root: Path, layout: str | None) -> tuple[ModuleType, Path]:
+    """The layout's module and the folder to scan: `root`, a folder that the layout has below it, or, if that is the
+    only one there, a folder in `root`."""
+    if layout is not None and layout not in _MODULES:
+        raise UserError(f"layout {layout!r}: expected one of {', '.join(LAYOUTS)}")
+    names = LAYOUTS if layout is None else (layout,)
+    expected = "expected " + ", or ".join(f"{_MODULES[name].EXPECTED} ({name})" for name in names)
+    if not root.exists():
+        raise UserError(f"{root}: no such folder; {expected}")
+    if not root.is_dir():
+        raise UserError(f"{root}: is a file; give the folder it is in; {expected}")
+    found = _match(root, names)
+    if not found:
+        held = list_names(root)
+        folders = [root / name for name in held if (root / name).is_dir()]
+        if len(folders) <= _MAX_FOLDERS_DOWN:
+            found = [pair for folder in folders for pair in _match(folder, names)]
+        if not found:
+            shown = f"holds {name_some(held)}" if held else "is empty"
+            train = " and no folder train/" if layout in (None, "folder") else ""
+            above = _match(root.absolute().parent, names) if root.name in ("train", "val", "data") else []
+            hint = f"; did you mean {above[0][1]}?" if above else ""
+            raise UserError(f"{root}: {shown}{train}; {expected}{hint}")
+    if len(found) > 1:
+        seen = ", ".join(f"{_name(module)} in {at}" for module, at in found)
+        raise UserError(f"{root}: more than one source: {seen}; give one's folder, or choose by --layout")
+    return found[0]
+
+
+def _match(root: Path, names: tuple[str, ...]) -> list[tuple[ModuleType, Path]]:
+    found = [(_MODULES[name], at) for name in names if (at := _MODULES[name].find(root))]
+    # Kaggle's CLS-LOC/ has train/ and val/ like any other.
+    kaggle_at = [at for module, at in found if module is kaggle]
+    return [(module, at) for module, at in found if module is not folder or at not in kaggle_at]
+
+
+def _name(module: ModuleType) -> str:
+    return module.__name__.rpartition(".")[2]

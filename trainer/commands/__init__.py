@@ -1,0 +1,1 @@
+"""The commands about nets: flags and words."""

@@ -1,0 +1,193 @@
+"""Local response normalisation: across maps (paper, section 3.3) and, in the released source, across space too.
+
+The decision that shaped it: it is bound by memory, so that whatever is done to a value is done while it is near: the
+ReLU before it is taken along, forward and backward are one pass each, and nothing is kept but the input. Three ways to
+the same numbers: native.c on the CPU, lrn_triton.py on a GPU, and torch's operations, a block at a time, everywhere
+else. Left out: second derivatives.
+
+P = Krizhevsky, Sutskever & Hinton, NIPS 2012, with the section; S = the 2012 source released in 2025, net 145.
+"""
+
+import importlib.util
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+from pipeline.common.console import note
+from trainer.kernels.native import Native, Norm, load_native
+
+_SPATIAL_SIZE, _SPATIAL_SCALE, _SPATIAL_POWER, _SPATIAL_K = 5, 0.001, 0.75, 1.0  # S, the second norm of conv2
+_BLOCK_ELEMENTS = 1 << 17  # float32 temporaries of half a megabyte: a few fit into one core's second-level cache
+
+
+def local_response_norm(
+    x: Tensor,
+    *,
+    k: float = 2.0,
+    n: int = 5,
+    alpha: float = 1e-4,
+    beta: float = 0.75,
+    num_towers: int = 1,
+    alpha_over_n: bool = False,
+    relu: bool = False,
+) -> Tensor:
+    """b = a / (k + alpha * sum of a^2 over the n maps around it)^beta (P 3.3), the window never crossing towers (S).
+
+    x (B, C, H, W), any floating dtype, C divisible by num_towers; returns the same shape and dtype in channels_last.
+    alpha_over_n: alpha / n * sum, as S and torch.nn.functional.local_response_norm have it. relu: of a = ReLU(x), else
+    of a = x. The arithmetic is float32 for 16-bit maps. First derivatives only, but for a compiled or exported graph,
+    which is of plain operations. Raises ValueError unless n is 3, 5, 7, ... and the towers divide C.
+    """
+    if n < 3 or n % 2 == 0 or x.shape[1] % num_towers:
+        raise ValueError(
+            f"n = {n} must be odd and at least 3, and {x.shape[1]} maps must be divisible by num_towers = {num_towers}"
+        )
+    maps_last = x.permute(0, 2, 3, 1)
+    rows = maps_last.reshape(-1, x.shape[1] // num_towers)  # a tower of a pixel is a row: windows end with their tower
+    norm = Norm(k, n, alpha / n if alpha_over_n else alpha, beta, relu)
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        normalised = _plain(rows, norm)
+    else:
+        normalised = _LocalResponseNorm.apply(rows, norm)
+    return normalised.view(maps_last.shape).permute(0, 3, 1, 2)
+
+
+def spatial_response_norm(x: Tensor) -> Tensor:
+    """Each value by its own map's neighbourhood: a / (1 + 0.001 / 25 * sum over 5x5 of a^2)^0.75, zeros outside (S).
+
+    x (B, C, H, W), any floating dtype; returns the same. The arithmetic is float32 for 16-bit maps.
+    """
+    a = x.to(torch.promote_types(x.dtype, torch.float32))
+    mean_square = functional.avg_pool2d(a * a, _SPATIAL_SIZE, stride=1, padding=_SPATIAL_SIZE // 2)
+    return (a / _power(_SPATIAL_K + _SPATIAL_SCALE * mean_square, _SPATIAL_POWER)).to(x.dtype)
+
+
+class _LocalResponseNorm(torch.autograd.Function):
+    """Over rows (R, maps). Nothing is kept but them: to compute s again costs less than to store and to read it."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, norm: Norm) -> Tensor:
+        rows = rows.contiguous()
+        ctx.save_for_backward(rows)
+        ctx.norm = norm
+        if rows.is_cuda and (kernels := load_triton()) and kernels.can_normalise(rows, norm):
+            return kernels.lrn_forward(rows, norm)
+        if Native.can_normalise(rows, norm) and (native := load_native()):
+            return native.lrn_forward(rows, norm)
+        return _forward_in_blocks(rows, norm)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (rows,), norm, gradient = ctx.saved_tensors, ctx.norm, gradient.contiguous()
+        if rows.is_cuda and (kernels := load_triton()) and kernels.can_normalise(rows, norm):
+            return kernels.lrn_backward(rows, gradient, norm), None
+        if Native.can_normalise(rows, norm) and (native := load_native()):
+            return native.lrn_backward(rows, gradient, norm), None
+        return _backward_in_blocks(rows, gradient, norm), None
+
+
+@cache
+def load_triton(device: str = "cuda") -> ModuleType | None:
+    """lrn_triton.py, if Triton is there and a trial on the device gives what torch's operations give; else None."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    rows = torch.linspace(-60.0, 60.0, 101 * 48, device=device).sin().mul(60).view(101, 48)
+    gradient, norm = rows.roll(1), Norm(2.0, 5, 1e-2, 0.75, relu=True)
+    try:
+        from trainer.kernels import lrn_triton
+
+        torch.testing.assert_close(lrn_triton.lrn_forward(rows, norm), _forward_in_blocks(rows, norm))
+        found = lrn_triton.lrn_backward(rows, gradient, norm)
+        torch.testing.assert_close(found, _backward_in_blocks(rows, gradient, norm), rtol=1e-4, atol=1e-4)
+    except Exception as error:  # noqa: BLE001 - a compiler fails in its own ways; without one the result is the same
+        reason = str(error).strip().split("\n")[0]
+        note(f"Triton cannot be used for LRN, torch's operations are slower ({type(error).__name__}: {reason})")
+        return None
+    return lrn_triton
+
+
+def _plain(rows: Tensor, norm: Norm) -> Tensor:
+    """The same in operations that compile, export and differentiate by themselves."""
+    a = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    a = torch.relu(a) if norm.relu else a
+    squares = functional.pad(a * a, (norm.n // 2, norm.n // 2))
+    num_maps = rows.shape[1]
+    total = squares[:, :num_maps]
+    for shift in range(1, norm.n):
+        total = total + squares[:, shift : shift + num_maps]
+    return (a / _power(norm.k + norm.scale * total, norm.beta)).to(rows.dtype)
+
+
+def _forward_in_blocks(rows: Tensor, norm: Norm) -> Tensor:
+    """b = a / s^beta with s = k + scale * window(a^2)."""
+    result = torch.empty_like(rows)
+    window = _Window(rows, norm.n)
+    for block, out in zip(window.split(rows), window.split(result), strict=True):
+        a = _read(block, norm, window.dtype)
+        s = window.sum_products(a, a).mul_(norm.scale).add_(norm.k)
+        torch.div(a, window.maps(_power(s, norm.beta)), out=out)  # rounds once, to the maps' own dtype
+    return result
+
+
+def _backward_in_blocks(rows: Tensor, gradient: Tensor, norm: Norm) -> Tensor:
+    """With e the incoming gradient and t = e / s^beta: da = t - 2 * scale * beta * a * window(t * a / s)."""
+    result = torch.empty_like(rows)
+    window = _Window(rows, norm.n)
+    for block, e, out in zip(*map(window.split, (rows, gradient, result)), strict=True):
+        a = _read(block, norm, window.dtype)
+        s = window.sum_products(a, a).mul_(norm.scale).add_(norm.k)
+        t = e.to(window.dtype) / window.maps(_power(s, norm.beta))
+        sums = window.maps(window.sum_products(a / window.maps(s), t))
+        torch.addcmul(t, a, sums, value=-2.0 * norm.scale * norm.beta, out=out)
+        if norm.relu:
+            out.masked_fill_(block <= 0, 0)
+    return result
+
+
+def _read(block: Tensor, norm: Norm, dtype: torch.dtype) -> Tensor:
+    a = block.to(dtype)
+    return a.relu() if norm.relu else a
+
+
+class _Window:
+    """Sums over n neighbouring maps, for blocks of rows that stay in the cache (on a GPU: all rows at once).
+
+    The rows of a block stand in one flat buffer with n // 2 zeros between them, so that n - 1 shifted adds of the whole
+    buffer are the sums of all rows. Sums stay in that layout, contiguous, because roots of strided tensors are slow;
+    `maps` takes them out of it. Sixteen-bit rows are summed in float32.
+    """
+
+    def __init__(self, rows: Tensor, n: int) -> None:
+        num_rows, self._num_maps = rows.shape
+        self.dtype = torch.promote_types(rows.dtype, torch.float32)
+        self._num_rows = max(1, num_rows if rows.is_cuda else min(num_rows, _BLOCK_ELEMENTS // self._num_maps))
+        self._n, self._stride = n, self._num_maps + n // 2
+        self._flat = rows.new_zeros(self._num_rows * self._stride + 2 * (n // 2), dtype=self.dtype)
+
+    def split(self, rows: Tensor) -> tuple[Tensor, ...]:
+        return rows.split(self._num_rows)
+
+    def sum_products(self, x: Tensor, y: Tensor) -> Tensor:
+        """Window sums of x * y for a block (R, maps), in a new flat tensor: view it with `maps`."""
+        half, length = self._n // 2, len(x) * self._stride
+        torch.mul(x, y, out=self.maps(self._flat[half : half + length]))
+        total = self._flat[:length] + self._flat[1 : length + 1]
+        for shift in range(2, self._n):
+            total += self._flat[shift : shift + length]
+        return total
+
+    def maps(self, flat: Tensor) -> Tensor:
+        return flat.view(-1, self._stride)[:, : self._num_maps]
+
+
+def _power(s: Tensor, beta: float) -> Tensor:
+    if beta == 0.75:  # P 3.3; two roots take a fraction of the time of a power
+        root = s.sqrt()
+        return root * root.sqrt()
+    return s.pow(beta)

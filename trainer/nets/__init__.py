@@ -1,0 +1,1 @@
+"""A trained net apart from its run: its weights, and what is done with them."""
