@@ -34,7 +34,7 @@ using namespace dali;  // NOLINT
 
 constexpr int kMaxOffset = STORED_SIDE - SIDE;
 constexpr size_t kCropValues = 3 * SIDE * SIDE, kStoredBytes = 3 * STORED_SIDE * STORED_SIDE;
-constexpr size_t kTarBlock = 512, kHugePage = 2 << 20, kKept = 6;
+constexpr size_t kTarBlock = 512, kHugePage = 2 << 20, kKept = 2;
 static_assert(kCropValues % 16 == 0, "the stores past the caches need samples that begin at multiples of 16");
 
 /* Memory for batches, used again once nobody holds it: fresh pages would cost more than the arithmetic. */
