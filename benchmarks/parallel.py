@@ -21,11 +21,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from pipeline.options import CROP_SIZE_PX
 from trainer.bench.rates import Task, Work, alternate, synchronise
+from trainer.config import MODES, Mode, Parallel
 from trainer.data import exchange_pixels
 from trainer.distributed import Ranks, gather, join
 from trainer.launch import launch
 from trainer.model import AlexNet
-from trainer.parallel import MODES, Mode, Parallel, Traffic, count_traffic
+from trainer.parallel import Traffic, count_traffic
 from trainer.recipe import RECIPES, Recipe
 from trainer.step import Learner
 

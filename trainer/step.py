@@ -12,14 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from trainer.config import DATA, Parallel
 from trainer.distributed import Ranks
 from trainer.evaluate import choose_dtype
 from trainer.kernels.native import keep_freed_memory, release_freed_memory
 from trainer.model import AlexNet
 from trainer.optim import make_optimizer, make_schedule
 from trainer.parallel import (
-    DATA,
-    Parallel,
     Split,
     connect,
     cut_model,

@@ -13,9 +13,10 @@ import torch
 from benchmarks.parallel import predict_traffic
 from pipeline.common.errors import UserError
 from trainer.commands.options import choose_parallel
+from trainer.config import DATA, MODES, Parallel
 from trainer.distributed import Ranks, gather, join
 from trainer.launch import launch
-from trainer.parallel import DATA, MODES, Parallel, Traffic, check, count_traffic
+from trainer.parallel import Traffic, check, count_traffic
 from trainer.recipe import RECIPES, Recipe
 from trainer.step import Learner
 

@@ -13,8 +13,7 @@ from pipeline.common.errors import UserError
 from trainer.recipe import Recipe, from_dict
 
 if TYPE_CHECKING:
-    from trainer.config import Safety
-    from trainer.parallel import Parallel
+    from trainer.config import Parallel, Safety
 
 
 SETTINGS = {"help_option_names": ["-h", "--help"], "show_default": True}
@@ -131,7 +130,8 @@ def choose_parallel(recipe: Recipe, world_size: int, *, asked: dict[str, Any], s
 
     A saved mode that this number of ranks does not allow becomes data, and says so. Raises UserError for one asked for.
     """
-    from trainer.parallel import Parallel, check
+    from trainer.config import Parallel
+    from trainer.parallel import check
 
     wanted = {**saved, **{name: value for name, value in asked.items() if value is not None}}
     if world_size == 1:

@@ -19,11 +19,10 @@ from pipeline.options import LoaderOptions
 from pipeline.shards import ShardSet
 from trainer import checkpoint
 from trainer.checkpoint import check_resumable, choose_streams, find_launched
-from trainer.config import Job
+from trainer.config import Job, Parallel
 from trainer.data import TrainFeed
 from trainer.distributed import Ranks, gather, join
 from trainer.launch import launch
-from trainer.parallel import Parallel
 from trainer.recipe import RECIPES
 from trainer.train import run_rank
 
