@@ -121,7 +121,7 @@ def assert_same_state(got: dict, expected: dict) -> None:
         assert_close(got["model"][name], weight)
     assert got["optimizer"]["param_groups"] == expected["optimizer"]["param_groups"]
     for index, values in expected["optimizer"]["state"].items():
-        assert_close(got["optimizer"]["state"][index]["velocity"], values["velocity"])
+        assert_close(got["optimizer"]["state"][index]["momentum_buffer"], values["momentum_buffer"])
 
 
 def assert_modes_equal_one_process(folder: Path, modes: tuple[str, ...], num_ranks: int) -> None:
