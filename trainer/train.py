@@ -31,8 +31,8 @@ from trainer.record.logger import Journal
 from trainer.record.progress import Tally, choose_display
 from trainer.record.runs import BEST, CHECKPOINTS
 from trainer.report.tensorboard import Board, open_board
-from trainer.safety import GpuMeter, LossGuard, StopRequest, StuckLoss, Watchdog
-from trainer.step import Learner
+from trainer.safety import LossGuard, StopRequest, StuckLoss, Watchdog
+from trainer.step import Learner, explain_out_of_memory
 
 _OF_THIS_MACHINE = ("num_threads", "num_local_ranks")
 
@@ -340,10 +340,9 @@ def _learn(run: Run, batch: Batch) -> None:
     guard.begin(run.step, run.feed.keys, epoch=run.epoch, lr=run.learner.schedule.lr)
     try:
         logits = run.learner.step(batch.images, batch.labels, guard.may_update if guard.asks else None)
-    except torch.OutOfMemoryError:
-        logits = None  # outside of this clause, which holds on to what the step has made
-    if logits is None:
-        raise UserError(run.learner.explain_out_of_memory(batch.images, batch.labels, GpuMeter()))
+    except torch.OutOfMemoryError as error:
+        said = explain_out_of_memory(error, run.job.recipe.global_batch_size, run.ranks.world_size)
+        raise UserError(said) from error
     if guard.has_skipped:  # neither learnt from nor counted
         run.journal.event("nonfinite_skipped", step=run.step, epoch=run.epoch, total=guard.skipped)
         return
