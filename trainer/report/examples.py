@@ -39,6 +39,10 @@ class Guess:
     classes: tuple[int, ...]
     probabilities: tuple[float, ...]
 
+    @property
+    def is_right(self) -> bool:
+        return self.classes[:1] == (self.label,)
+
 
 @dataclass(frozen=True)
 class Neighbour:

@@ -21,9 +21,9 @@ from trainer.nets.tables import PUBLISHED
 from trainer.recipe import RECIPES, from_dict
 from trainer.record.progress import spell_duration
 from trainer.report.confusion import choose_shown, count_pairs, list_classes
-from trainer.report.curves import draw_learning, draw_speed, swatch
+from trainer.report.curves import LEARNING, SPEED, chart_figure
 from trainer.report.data import Study, num_towers
-from trainer.report.pictures import kernel_grid, shorten
+from trainer.report.pictures import kernel_grid, shorten, swatch_figure, to_svg
 from trainer.report.repeat import repeat_command, spell_changes
 from trainer.report.summary import label_runs, summarise
 
@@ -47,12 +47,16 @@ def render(studies: Sequence[Study]) -> str:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
     labels = label_runs(studies)
+    metrics = dict(zip(labels, (study.metrics for study in studies), strict=True))
+    known = {study.num_classes for study in studies}
+    num_classes = known.pop() if len(known) == 1 else None
+    charts = {chart: to_svg(chart_figure(chart, metrics, num_classes), chart.title) for chart in LEARNING + SPEED}
     runs = [_describe(study, label, run) for run, (study, label) in enumerate(zip(studies, labels, strict=True))]
     return template.render(
         title=", ".join(study.name for study in studies),
         runs=runs,
-        learning=draw_learning(studies, labels),
-        speed=draw_speed(studies, labels),
+        learning=[charts[chart] for chart in LEARNING],
+        speed=[charts[chart] for chart in SPEED],
         errors=list_errors(studies),
         is_comparable=all(_is_ilsvrc2012(study) for study in studies),
     )
@@ -63,7 +67,7 @@ def _describe(study: Study, label: str, run: int) -> dict[str, Any]:
     return {
         "name": study.name,
         "label": label,
-        "swatch": swatch(run),
+        "swatch": to_svg(swatch_figure(run), f"How {label} is drawn", "chart swatch"),
         "summary": _summary(study),
         "kernels": _kernels(study),
         "guesses": _guesses(study),

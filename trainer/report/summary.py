@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from trainer.report.curves import curves_figure, name_runs, overfitting_figure, training_errors_figure
 from trainer.report.data import Study, num_towers, read_study
-from trainer.report.diagram import plot_network
-from trainer.report.pictures import name_runs, plot_curves, plot_kernels, plot_overfitting, plot_training_errors
+from trainer.report.diagram import network_figure
+from trainer.report.pictures import guesses_figure, kernels_figure, neighbours_figure, write_png
 
 FIGURES, CURVES, KERNELS, NETWORK = "figures", "curves.png", "conv1_kernels.png", "network.png"
 GUESSES, NEIGHBOURS = "guesses.png", "neighbours.png"
@@ -29,22 +30,18 @@ def draw(study: Study) -> list[Path]:
     """The run's pictures, into run/figures: curves; of a run with a checkpoint kernels and the network's diagram; with
     examples, what the net says to eight images, and the training images nearest to some."""
     folder = study.run / FIGURES
-    figures = [folder / CURVES]
-    plot_curves(study.metrics, folder / CURVES, num_classes=study.num_classes)
+    figures = {CURVES: curves_figure(study.metrics, study.num_classes)}
     if study.weights:
-        figures.append(folder / KERNELS)
-        plot_kernels(study.weights["conv1.weight"].numpy(), folder / KERNELS, num_towers(study.weights))
+        figures[KERNELS] = kernels_figure(study.weights["conv1.weight"].numpy(), num_towers(study.weights))
     if study.model:
-        figures.append(folder / NETWORK)
-        plot_network(study.model, folder / NETWORK)
+        figures[NETWORK] = network_figure(study.model)
     if study.examples:
-        from trainer.report.pictures import plot_guesses, plot_neighbours  # here: what they draw needs DALI
-
         names = [name for _, name in study.classes]
-        figures += [folder / GUESSES, folder / NEIGHBOURS]
-        plot_guesses(study.examples, names, folder / GUESSES)
-        plot_neighbours(study.examples, names, folder / NEIGHBOURS)
-    return figures
+        figures[GUESSES] = guesses_figure(study.examples.guesses, names)
+        figures[NEIGHBOURS] = neighbours_figure(study.examples.rows, names, study.examples.num_searched)
+    for name, figure in figures.items():
+        write_png(figure, folder / name)
+    return [folder / name for name in figures]
 
 
 def summarise(study: Study, figures: Sequence[Path] = ()) -> dict[str, Any]:
@@ -85,8 +82,8 @@ def compare(studies: Sequence[Study]) -> list[Path]:
     validation. Returns the paths."""
     metrics = dict(zip(label_runs(studies), (study.metrics for study in studies), strict=True))
     folder = studies[0].run / FIGURES
-    plot_training_errors(metrics, folder / TRAINING_ERRORS)
-    plot_overfitting(metrics, folder / OVERFITTING)
+    write_png(training_errors_figure(metrics), folder / TRAINING_ERRORS)
+    write_png(overfitting_figure(metrics), folder / OVERFITTING)
     return [folder / TRAINING_ERRORS, folder / OVERFITTING]
 
 

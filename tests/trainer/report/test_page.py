@@ -133,7 +133,7 @@ def test_curves_of_several_runs_stand_in_the_same_charts_and_each_can_be_hidden(
     assert [chart["aria-label"] for chart in charts] == [
         "Top-1 error", "Top-5 error", "Loss", "Learning rate", "Throughput", "Waiting for data",
     ]  # fmt: skip
-    classes = [a.get("class", "").split() for tag, a in page.tags if tag == "path"]
+    classes = [a.get("class", "").split() for tag, a in page.tags if tag == "g"]
     for run in ("run0", "run1"):
         assert sum("mark" in c and run in c for c in classes) == 3  # one cut, in three charts
         for kind in ("raw", "smooth", "points"):

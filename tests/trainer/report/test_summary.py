@@ -70,10 +70,15 @@ def test_the_summary_says_what_the_files_say(run):
 
 def test_the_pictures_are_where_the_summary_says(run, monkeypatch):
     drawn = {}
-    monkeypatch.setattr("trainer.report.summary.plot_kernels", lambda w, path, towers: drawn.update(k=(w, towers)))
-    monkeypatch.setattr("trainer.report.summary.plot_curves", lambda _metrics, _path, **named: drawn.update(named))
+    monkeypatch.setattr(
+        "trainer.report.summary.kernels_figure", lambda weight, towers: drawn.update(k=(weight, towers))
+    )
+    monkeypatch.setattr(
+        "trainer.report.summary.curves_figure", lambda metrics, classes: drawn.update(c=(metrics, classes))
+    )
+    monkeypatch.setattr("trainer.report.summary.write_png", lambda _figure, path: None)
     report(run)
-    assert drawn["num_classes"] == 10
+    assert drawn["c"][1] == 10
     assert drawn["k"][1] == 2  # conv2's kernels see three of conv1's six maps
     assert torch.equal(torch.from_numpy(drawn["k"][0]), MODEL["conv1.weight"].float())
     monkeypatch.undo()
@@ -179,10 +184,9 @@ def test_several_runs_are_compared_by_what_differs(trained, tmp_path, monkeypatc
     (other / METRICS).write_bytes((trained / METRICS).read_bytes())
     write_config(other, {"recipe": to_dict(override(RECIPES["demo"], ["width=0.0625", "activation=tanh"]))})
     drawn = {}
-    monkeypatch.setattr(
-        "trainer.report.summary.plot_training_errors", lambda runs, path: drawn.update({path.name: runs})
-    )
-    monkeypatch.setattr("trainer.report.summary.plot_overfitting", lambda runs, path: drawn.update({path.name: runs}))
+    monkeypatch.setattr("trainer.report.summary.training_errors_figure", lambda runs: runs)
+    monkeypatch.setattr("trainer.report.summary.overfitting_figure", lambda runs: runs)
+    monkeypatch.setattr("trainer.report.summary.write_png", lambda runs, path: drawn.update({path.name: runs}))
     assert [path.name for path in compare([read_study(trained), read_study(other)])] == list(drawn)
     assert list(drawn) == ["training_errors.png", "training_and_validation.png"]
     assert [list(runs) for runs in drawn.values()] == [["relu", "tanh"]] * 2
