@@ -13,8 +13,8 @@ from trainer.model import AlexNet
 from trainer.recipe import RECIPES, override, to_dict
 from trainer.record.metrics import MetricsLog
 from trainer.record.runs import BEST, CHECKPOINTS, LAST, METRICS, create_run, write_config
-from trainer.report.data import read_study
-from trainer.report.summary import compare, format_summary, report
+from trainer.report.data import read_run
+from trainer.report.summary import compare, draw, format_summary, summarise
 
 TRAIN = {"loss": 2.0, "top1_error": 80.0, "top5_error": 30.0, "lr": 0.01, "time_s": 1.0}
 EVAL = {"num_images": 200, "loss": 1.5}
@@ -23,6 +23,11 @@ MODEL = {
     "conv2.weight": torch.zeros(16, 3, 5, 5),
     "fc8.weight": torch.zeros(10, 256),
 }
+
+
+def report(run, **options):
+    data = read_run(run, **options)
+    return summarise(data, draw(data))
 
 
 @pytest.fixture
@@ -187,9 +192,9 @@ def test_several_runs_are_compared_by_what_differs(trained, tmp_path, monkeypatc
     monkeypatch.setattr("trainer.report.summary.training_errors_figure", lambda runs: runs)
     monkeypatch.setattr("trainer.report.summary.overfitting_figure", lambda runs: runs)
     monkeypatch.setattr("trainer.report.summary.write_png", lambda runs, path: drawn.update({path.name: runs}))
-    assert [path.name for path in compare([read_study(trained), read_study(other)])] == list(drawn)
+    assert [path.name for path in compare([read_run(trained), read_run(other)])] == list(drawn)
     assert list(drawn) == ["training_errors.png", "training_and_validation.png"]
     assert [list(runs) for runs in drawn.values()] == [["relu", "tanh"]] * 2
     monkeypatch.undo()
-    for path in compare([read_study(trained), read_study(other)]):
+    for path in compare([read_run(trained), read_run(other)]):
         Image.open(path).verify()
