@@ -36,17 +36,8 @@ from trainer.model import AlexNet, local_response_norm  # noqa: E402
 from trainer.recipe import from_dict  # noqa: E402
 from trainer.record.metrics import read_metrics  # noqa: E402
 from trainer.record.runs import CHECKPOINTS, LAST, METRICS, read_config  # noqa: E402
-from trainer.report.pictures import (  # noqa: E402  # noqa: E402
-    BLUE,
-    GREEN,
-    GREY,
-    ORANGE,
-    VERMILION,
-    name_runs,
-    overfitting_figure,
-    style,
-    training_error,
-)
+from trainer.report.curves import name_runs, overfitting_figure, training_error  # noqa: E402
+from trainer.report.pictures import BLUE, GREEN, GREY, ORANGE, VERMILION, style  # noqa: E402
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

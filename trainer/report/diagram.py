@@ -7,14 +7,13 @@ towers is right or cannot be drawn at all. Left out: activations, normalisation 
 
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from trainer.model import AlexNet
-from trainer.report.pictures import BLUE, GREY, LEAST_PT, ORANGE, VERMILION, style, write_png
+from trainer.report.pictures import BLUE, GREY, LEAST_PT, ORANGE, VERMILION, new_figure, style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -80,12 +79,6 @@ def _describe(name: str, layer: nn.Module, made: Tensor, given_on: Tensor | None
     return Layer(name, shape, layer.kernel_size[0], layer.stride[0], layer.groups, pooled, number)
 
 
-def plot_network(model: AlexNet, path: Path) -> None:
-    """Write `network_figure` as a PNG, atomically."""
-    with style():
-        write_png(network_figure(model), path)
-
-
 class _Block(NamedTuple):
     """Where the front of a block stands: left, bottom, width, height, and how far it recedes."""
 
@@ -100,52 +93,50 @@ class _Block(NamedTuple):
         return self.bottom + self.height / 2
 
 
+@style()
 def network_figure(model: AlexNet) -> "Figure":
     """The layers from left to right, one row of blocks a tower; heights as maps are high, widths as maps are many.
 
     A full line: the kernels of one block see the other; where a layer sees both towers, lines cross. Fully connected
     layers are halved among the towers as in the paper, since each unit sees everything.
     """
-    from matplotlib.figure import Figure
-
     layers, towers = trace(model), model.recipe.num_towers
     highest = max(layer.shape[1] for layer in layers if len(layer.shape) == 3)
     deepest = max(layer.shape[0] // towers for layer in layers if len(layer.shape) == 3)
     most_units = max(layer.shape[0] for layer in layers if len(layer.shape) == 1)
-    with style():
-        figure = Figure(figsize=(13.0, 2.0 + 3.2 * towers), layout="constrained")
-        axes = figure.subplots()
-        lanes = [_LANE * ((towers - 1) / 2 - tower) for tower in range(towers)]  # the first tower on top
-        image = _Block(0.0, -1.6, 0.12, 3.2, 1.3)
-        _draw_block(axes, image, GREY)
-        _write_below(axes, image, [f"{INPUT_PX}×{INPUT_PX}×3", "image"])
-        before, left = [image], image.width + image.recedes * _OBLIQUE * 2 + 1.0
-        for layer in layers:
-            is_last, is_map = layer is layers[-1], len(layer.shape) == 3
-            rows = [0.0] if is_last else lanes
-            if is_map:
-                height = 0.55 + (_LARGEST_HEIGHT - 0.55) * layer.shape[1] / highest
-                width = max(0.1, _LARGEST_DEPTH * layer.shape[0] / towers / deepest)
-            else:
-                height, width = 0.6 + 2.4 * layer.shape[0] / len(rows) / most_units, 0.22
-            recedes = 0.4 * height if is_map else 0.0
-            blocks = [_Block(left, lane - height / 2, width, height, recedes) for lane in rows]
-            parts = 1 if len(before) == 1 or len(blocks) == 1 else layer.groups
-            _connect(axes, before, blocks, apart=parts == len(blocks) > 1, is_map=is_map)
-            for block in blocks:
-                _draw_block(axes, block, BLUE if is_map else ORANGE)
-                _write_below(axes, block, _size_lines(layer, len(blocks)))
-            _write_above(axes, blocks[0], _name_lines(layer))
-            before, left = blocks, left + width + recedes * _OBLIQUE * 2 + _GAP
-        bottom = min(lanes) - _LARGEST_HEIGHT / 2 - 1.1
-        total = sum(layer.num_parameters for layer in layers)
-        text = f"recipe {model.recipe.name}: {total:,} parameters"
-        if towers > 1:
-            text += f"; {towers} towers, which see each other where lines are dashed"
-        axes.text(0.0, bottom, text, fontsize=12, va="top", color="black")
-        axes.set_xlim(-0.9, left - 0.4)
-        axes.set_ylim(bottom - 0.5, max(lanes) + _LARGEST_HEIGHT / 2 + 1.7)
-        axes.set_axis_off()
+    figure = new_figure(13.0, 2.0 + 3.2 * towers)
+    axes = figure.subplots()
+    lanes = [_LANE * ((towers - 1) / 2 - tower) for tower in range(towers)]  # the first tower on top
+    image = _Block(0.0, -1.6, 0.12, 3.2, 1.3)
+    _draw_block(axes, image, GREY)
+    _write_below(axes, image, [f"{INPUT_PX}×{INPUT_PX}×3", "image"])
+    before, left = [image], image.width + image.recedes * _OBLIQUE * 2 + 1.0
+    for layer in layers:
+        is_last, is_map = layer is layers[-1], len(layer.shape) == 3
+        rows = [0.0] if is_last else lanes
+        if is_map:
+            height = 0.55 + (_LARGEST_HEIGHT - 0.55) * layer.shape[1] / highest
+            width = max(0.1, _LARGEST_DEPTH * layer.shape[0] / towers / deepest)
+        else:
+            height, width = 0.6 + 2.4 * layer.shape[0] / len(rows) / most_units, 0.22
+        recedes = 0.4 * height if is_map else 0.0
+        blocks = [_Block(left, lane - height / 2, width, height, recedes) for lane in rows]
+        parts = 1 if len(before) == 1 or len(blocks) == 1 else layer.groups
+        _connect(axes, before, blocks, apart=parts == len(blocks) > 1, is_map=is_map)
+        for block in blocks:
+            _draw_block(axes, block, BLUE if is_map else ORANGE)
+            _write_below(axes, block, _size_lines(layer, len(blocks)))
+        _write_above(axes, blocks[0], _name_lines(layer))
+        before, left = blocks, left + width + recedes * _OBLIQUE * 2 + _GAP
+    bottom = min(lanes) - _LARGEST_HEIGHT / 2 - 1.1
+    total = sum(layer.num_parameters for layer in layers)
+    text = f"recipe {model.recipe.name}: {total:,} parameters"
+    if towers > 1:
+        text += f"; {towers} towers, which see each other where lines are dashed"
+    axes.text(0.0, bottom, text, fontsize=12, va="top", color="black")
+    axes.set_xlim(-0.9, left - 0.4)
+    axes.set_ylim(bottom - 0.5, max(lanes) + _LARGEST_HEIGHT / 2 + 1.7)
+    axes.set_axis_off()
     return figure
 
 

@@ -19,7 +19,7 @@ from pipeline.loader import EvalLoader, read_pixels
 from pipeline.shards import ShardSet
 from trainer.evaluate import choose_dtype, log_probabilities
 from trainer.model import AlexNet
-from trainer.report.confusion import Answers
+from trainer.report.confusion import Predictions
 
 NUM_GUESSES, NUM_BEST = 8, 5  # paper, figure 4, left: eight images, five labels
 NUM_QUERIES, NUM_NEAREST = 5, 6  # right: five images, six neighbours each
@@ -39,6 +39,10 @@ class Guess:
     classes: tuple[int, ...]
     probabilities: tuple[float, ...]
 
+    @property
+    def is_right(self) -> bool:
+        return self.classes[:1] == (self.label,)
+
 
 @dataclass(frozen=True)
 class Neighbour:
@@ -57,7 +61,7 @@ class Examples:
     guesses: list[Guess]
     rows: list[list[Neighbour]]
     num_searched: int
-    answers: Answers | None = None
+    predictions: Predictions | None = None
 
 
 @dataclass(frozen=True)
@@ -100,7 +104,7 @@ def find_examples(model: AlexNet, shards: ShardSet, colors: ColorStats, num_trai
     best = np.argsort(-val.outputs, axis=1, kind="stable")[:, :NUM_BEST]
     best = np.pad(best, ((0, 0), (0, NUM_BEST - best.shape[1])), constant_values=-1)
     which = f"the first {num_val:,} of {shards.num_samples('val'):,} validation images"
-    return Examples(guesses, rows, len(train.labels), Answers(val.labels, best, "centre", which))
+    return Examples(guesses, rows, len(train.labels), Predictions(val.labels, best, "centre", which))
 
 
 def spread(number: int, wanted: int) -> list[int]:

@@ -22,7 +22,7 @@ from trainer.report.examples import (
     nearest,
     spread,
 )
-from trainer.report.pictures import guesses_figure, neighbours_figure, plot_guesses, plot_neighbours
+from trainer.report.pictures import guesses_figure, neighbours_figure, write_png
 
 
 @pytest.fixture(scope="module")
@@ -157,8 +157,8 @@ def test_neighbours_show_class_distance_and_whether_the_class_is_the_same():
 def test_names_that_look_like_markup_and_few_images_can_be_drawn(tmp_path):
     few = Examples([guess(3, (1,), (1.0,))], [[Neighbour(np.zeros((224, 224, 3), np.uint8), 1, 0.0)]], 0)
     for examples in (few, Examples([], [], 0)):
-        plot_guesses(examples, NAMES, tmp_path / "guesses.png")
-        plot_neighbours(examples, NAMES, tmp_path / "neighbours.png")
+        write_png(guesses_figure(examples.guesses, NAMES), tmp_path / "guesses.png")
+        write_png(neighbours_figure(examples.rows, NAMES, examples.num_searched), tmp_path / "neighbours.png")
         for name in ("guesses.png", "neighbours.png"):
             Image.open(tmp_path / name).verify()
     assert guesses_figure(few.guesses, NAMES).axes[0].get_title() == "✗ " + "x" * 19 + "…"
