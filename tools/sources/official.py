@@ -15,9 +15,8 @@ from pathlib import Path
 
 from pipeline.common.errors import UserError
 from pipeline.images.imagenet import load_ilsvrc2012
+from tools.sources.archive import Member, MemberReader, scan_all, scan_tar
 from tools.sources.listing import Entry, Listing, name_some
-from tools.sources.spans import OpenFile, SpanReader, scan_all
-from tools.sources.tars import Member, scan_tar
 
 TRAIN, VAL, DEVKIT = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12.tar.gz"
 EXPECTED = f"SOURCE/{TRAIN}, SOURCE/{VAL} and SOURCE/{DEVKIT}"
@@ -39,7 +38,7 @@ def scan(root: Path) -> Listing:
     has_val = (root / VAL).is_file()
     # The kit comes first: it takes a moment, and what is missing should be said before a scan of minutes.
     kit = _read_devkit(root) if has_val else None
-    listing = Listing("official", root, [], [], [], SpanReader(str(root), (TRAIN, VAL)))
+    listing = Listing("official", root, [], [], [], MemberReader(str(root), (TRAIN, VAL)))
     _add_train(listing)
     if kit:
         wnids, titles, truth = kit
@@ -52,30 +51,30 @@ def scan(root: Path) -> Listing:
 
 
 def _add_train(listing: Listing) -> None:
-    file = OpenFile(str(listing.root / TRAIN))
+    path = listing.root / TRAIN
     tars: dict[str, Member] = {}
-    for member, _ in scan_tar(file):
+    for member, _ in scan_tar(path):
         wnid = _base_name(member.name).removesuffix(".tar")
         if not member.is_file or not member.name.endswith(".tar") or not wnid:
             raise UserError(
-                f"{file.path}: holds {member.name!r}, expected a tar of tars, one per class, such as 'n01440764.tar'"
+                f"{path}: holds {member.name!r}, expected a tar of tars, one per class, such as 'n01440764.tar'"
             )
         if wnid in tars:
-            raise UserError(f"{file.path}: holds {wnid + '.tar'!r} twice, expected one tar per class; fetch it again")
+            raise UserError(f"{path}: holds {wnid + '.tar'!r} twice, expected one tar per class; fetch it again")
         tars[wnid] = member
     if not tars:
-        raise UserError(f"{file.path}: is empty, expected a tar per class; fetch it again")
+        raise UserError(f"{path}: is empty, expected a tar per class; fetch it again")
     listing.names = sorted(tars)
 
     def scan_class(wnid: str) -> list[tuple[Member, str]]:
         inner = tars[wnid]
-        members = scan_tar(file, inner.offset, inner.size, name=inner.name)
+        members = scan_tar(path, inner.offset, inner.size, name=inner.name)
         return [(member, _base_name(member.name)) for member, _ in members]
 
     for label, members in enumerate(scan_all(scan_class, listing.names, "scan")):
         wnid = listing.names[label]
         head = f"{TRAIN}/{wnid}.tar/"
-        _check_members(f"{file.path}, {wnid + '.tar'!r}", members)
+        _check_members(f"{path}, {wnid + '.tar'!r}", members)
         listing.train += [Entry(head + base, label, (0, member.offset, member.size)) for member, base in members]
     if empty := sorted(set(listing.names) - {listing.names[entry.label] for entry in listing.train}):
         listing.remarks.append(f"{TRAIN}: {len(empty)} class tars without an image passed over: {name_some(empty)}")
@@ -95,15 +94,15 @@ def _check_members(where: str, members: list[tuple[Member, str]]) -> None:
 
 def _add_val(listing: Listing, wnids: dict[int, str], truth: list[int]) -> None:
     """The line of the ground truth is the number in the image's name."""
-    file = OpenFile(str(listing.root / VAL))
-    members = [(member, _base_name(member.name)) for member, _ in scan_tar(file)]
-    _check_members(file.path, members)
+    path = listing.root / VAL
+    members = [(member, _base_name(member.name)) for member, _ in scan_tar(path)]
+    _check_members(path, members)
     labels = {name: label for label, name in enumerate(listing.names)}
     for member, base in members:
         match = _VAL_NAME.fullmatch(base)
         if not match or not 1 <= int(match[1]) <= len(truth):
             raise UserError(
-                f"{file.path}: holds {member.name!r}, expected 'ILSVRC2012_val_00000001.JPEG' to "
+                f"{path}: holds {member.name!r}, expected 'ILSVRC2012_val_00000001.JPEG' to "
                 f"'ILSVRC2012_val_{len(truth):08d}.JPEG', as many as the development kit has labels"
             )
         wnid = wnids[truth[int(match[1]) - 1]]

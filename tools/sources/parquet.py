@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.common.errors import UserError
+from tools.sources.archive import OpenFile, find_files, keep_open, scan_all
 from tools.sources.listing import Entry, Listing, find_wnid, name_some, strip_wnid
 from tools.sources.parquet_pages import Column, Span, Unlocatable, locate_values, read_span
-from tools.sources.spans import OpenFile, find_files, keep_open, scan_all
 from tools.sources.webdataset import call_labels, sort_by_split
 
 if TYPE_CHECKING:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from tools.sources.spans import OpenFile
+from tools.sources.archive import OpenFile
 
 
 def read_struct(data: bytes, at: int) -> tuple[dict[int, Any], int]:

@@ -17,9 +17,9 @@ from pipeline.common.errors import UserError
 from pipeline.images.imagenet import IMAGE_ENDINGS, load_ilsvrc2012
 from pipeline.manifest import SPLITS, ClassEntry
 from tools.sources import LAYOUTS, folder, kaggle, official, parquet, webdataset
+from tools.sources.archive import keep_open
 from tools.sources.folder import list_names
 from tools.sources.listing import Entry, Listing, name_some, pick_classes, put_in_order, take_share
-from tools.sources.spans import keep_open
 
 __all__ = ["IMAGE_ENDINGS", "Entry", "Source", "open_source"]
 

@@ -11,9 +11,8 @@ from typing import NamedTuple
 
 from pipeline.common.errors import UserError
 from pipeline.images.imagenet import IMAGE_ENDINGS
+from tools.sources.archive import MemberReader, find_files, scan_all, scan_tar
 from tools.sources.listing import Entry, Listing, find_wnid, name_labels, name_some, strip_wnid
-from tools.sources.spans import OpenFile, SpanReader, find_files, scan_all
-from tools.sources.tars import scan_tar
 
 EXPECTED = "SOURCE/*train*.tar and SOURCE/*val*.tar of <key>.jpg and <key>.cls"
 FOLDERS = ("", "train", "val", "valid", "validation", "test")
@@ -84,7 +83,7 @@ def scan(root: Path) -> Listing:
         )
     splits, remarks = sort_by_split(root, _list_tars(root))
     files = (*splits["train"], *splits["val"])
-    listing = Listing("webdataset", root, [], [], [], SpanReader(str(root), files), remarks=remarks)
+    listing = Listing("webdataset", root, [], [], [], MemberReader(str(root), files), remarks=remarks)
     num_train, num_others, num_lonely = len(splits["train"]), 0, 0
     dotted: list[str] = []
     wnids: dict[int, set[str | None]] = {}
@@ -135,7 +134,7 @@ def _scan_one(path: Path) -> _Part:
     images: dict[str, tuple[str, int, int]] = {}
     labels: dict[str, int] = {}
     num_others, dotted = 0, []
-    for member, window in scan_tar(OpenFile(str(path))):
+    for member, read in scan_tar(path):
         folder, slash, base = member.name.rpartition("/")
         stem, _, ending = base.partition(".")  # WebDataset's rule: a key has no dot
         key, ending = folder + slash + stem, ending.lower()
@@ -148,7 +147,7 @@ def _scan_one(path: Path) -> _Part:
         elif ending == "cls":
             if key in labels:
                 raise UserError(f"{path}: {key!r} has two labels, expected one per key; make the tar again")
-            text = window.read(member.offset, min(member.size, _MAX_LABEL_BYTES + 1)).strip()
+            text = read(_MAX_LABEL_BYTES + 1).strip()
             if not re.fullmatch(rb"[0-9]{1,9}", text):
                 raise UserError(f"{path}: label of {key!r} is {text[:_MAX_LABEL_BYTES]!r}, expected a number from 0 on")
             labels[key] = int(text)

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from pipeline.common.errors import UserError
 from pipeline.images.imagenet import load_ilsvrc2012
 from tests.layout_builders import build_parquet
+from tools.sources.archive import OpenFile
 from tools.sources.parquet_pages import FRAGMENT_BYTES, Column, Unlocatable, locate_values, read_span, walk_fragments
 from tools.sources.source import open_source
-from tools.sources.spans import OpenFile
 
 SCHEMA = pa.schema([("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])), ("label", pa.int64())])
 
