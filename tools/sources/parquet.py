@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.common.errors import UserError
 from tools.sources.archive import OpenFile, find_files, keep_open, scan_all
 from tools.sources.listing import Entry, Listing, find_wnid, name_some, strip_wnid
-from tools.sources.parquet_pages import Column, Span, Unlocatable, locate_values, read_span
+from tools.sources.parquet_pages import Column, Place, Unlocatable, locate_values, read_place
 from tools.sources.webdataset import call_labels, sort_by_split
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def find(root: Path) -> Path | None:
 
 @dataclass(frozen=True)
 class ParquetReader:
-    """`read` of a Source whose entries are (number of the file, a Span's numbers), or (number of the file, row group,
+    """`read` of a Source whose entries are (number of the file, a Place's numbers), or (number of the file, row group,
     row) with the row group counted from -1 down."""
 
     root: str
@@ -48,7 +48,7 @@ class ParquetReader:
         number, first, *rest = entry.where
         path = f"{self.root}/{self.files[number]}"
         if first >= 0:
-            return read_span(keep_open(path), Span(first, *rest))
+            return read_place(keep_open(path), Place(first, *rest))
         return read_row(path, -1 - first, rest[0], self.columns[number])
 
 
@@ -206,7 +206,7 @@ def _locate_images(path: Path, file: "ParquetFile", part: _Part) -> None:
         level = schema.column(index).max_definition_level
         column = Column(min(starts), chunk.total_compressed_size, chunk.num_values, level, chunk.compression)
         try:
-            part.wheres += [tuple(span) if span.size >= 0 else span[:2] for span in locate_values(opened, column)]
+            part.wheres += [tuple(place) if place.size >= 0 else place[:2] for place in locate_values(opened, column)]
         except Unlocatable as error:
             _check_group(path, group, metadata.row_group(group).num_rows, chunk, part.column)
             part.reasons.add(str(error))

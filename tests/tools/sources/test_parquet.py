@@ -13,7 +13,7 @@ from pipeline.common.errors import UserError
 from pipeline.images.imagenet import load_ilsvrc2012
 from tests.layout_builders import build_parquet
 from tools.sources.archive import OpenFile
-from tools.sources.parquet_pages import FRAGMENT_BYTES, Column, Unlocatable, locate_values, read_span, walk_fragments
+from tools.sources.parquet_pages import FRAGMENT_BYTES, Column, Page, Unlocatable, locate_values, read_place
 from tools.sources.source import open_source
 
 SCHEMA = pa.schema([("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])), ("label", pa.int64())])
@@ -49,7 +49,7 @@ def locate(path: Path) -> list[bytes]:
         chunk = metadata.row_group(group).column(0)
         start = chunk.dictionary_page_offset if chunk.has_dictionary_page else chunk.data_page_offset
         column = Column(start, chunk.total_compressed_size, chunk.num_values, 2, chunk.compression)
-        found += [read_span(file, span) for span in locate_values(file, column)]
+        found += [read_place(file, place) for place in locate_values(file, column)]
     return found
 
 
@@ -99,11 +99,11 @@ def test_a_snappy_stream_of_fragments_that_depend_on_each_other_is_told_apart(tm
     assert pa.decompress(stream, FRAGMENT_BYTES + 4, codec="snappy", asbytes=True) == value + value[:4]
     (tmp_path / "x").write_bytes(stream)
     with pytest.raises(Unlocatable, match="fragments that depend on each other"):
-        list(walk_fragments(OpenFile(str(tmp_path / "x")), 0, len(stream), FRAGMENT_BYTES + 4))
+        Page(OpenFile(str(tmp_path / "x")), 0, len(stream), FRAGMENT_BYTES + 4, is_snappy=True)
 
 
 def test_damage_never_leads_anywhere_but_to_a_value_or_to_a_full_reader(tmp_path):
-    """Bytes flipped at random in the pages: every outcome is a list of spans or Unlocatable, or OSError on reading."""
+    """Bytes flipped at random in the pages: every outcome is a list of places or Unlocatable, or OSError on reading."""
     path, draw = tmp_path / "x.parquet", random.Random(0)
     write_values(path, [draw.randbytes(size) for size in (50, 3000, 70_000)] * 2, data_page_size=100)
     chunk = pq.read_metadata(path).row_group(0).column(0)
@@ -122,8 +122,8 @@ def test_damage_never_leads_anywhere_but_to_a_value_or_to_a_full_reader(tmp_path
         path.write_bytes(damaged)
         file = OpenFile(str(path))
         try:
-            for span in locate_values(file, column):
-                read_span(file, span)
+            for place in locate_values(file, column):
+                read_place(file, place)
             outcomes.add("found")
         except (Unlocatable, OSError) as error:
             outcomes.add(type(error).__name__)
