@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 from pipeline.common.console import Progress
 from pipeline.common.errors import UserError
@@ -17,7 +17,7 @@ from tools.sources.listing import Entry
 
 MAX_OPEN_FILES = 128  # per process; the usual limit is 1024
 NUM_SCAN_THREADS = 8  # a scan mostly waits for the disk
-_READ_AHEAD_BYTES = 4096  # a header, a label of a few bytes and the header behind it
+_READ_AHEAD_BYTES = 4096  # what a disk is asked for anyway
 _MAX_EXTENSION_BYTES = 1 << 20  # of a long name or a pax header
 
 Item = TypeVar("Item")
@@ -65,15 +65,6 @@ class MemberReader:
         return keep_open(os.path.join(self.root, self.files[number])).read(offset, size)  # noqa: PTH118 - 1.3 million
 
 
-class Member(NamedTuple):
-    """A member of a tar: its name as stored, whether it is a file, offset and size of its content in bytes."""
-
-    name: str
-    is_file: bool
-    offset: int
-    size: int
-
-
 class _TarFile(io.BufferedReader):
     """What tarfile reads: it ends at `end`, and no name is longer than a damaged or hostile size may make it."""
 
@@ -85,11 +76,9 @@ class _TarFile(io.BufferedReader):
         return super().read(max(min(size, self.end - self.tell()), 0))
 
 
-def scan_tar(
-    path: Path, start: int = 0, size: int | None = None, *, name: str = ""
-) -> Iterator[tuple[Member, Callable[[int], bytes]]]:
-    """The members of the tar in `size` bytes of the file from `start` on, but for directories; with each a function
-    that reads so many of its first bytes. `name` is what a message calls a tar within a tar.
+def scan_tar(path: Path, start: int = 0, size: int | None = None, *, name: str = "") -> Iterator[tarfile.TarInfo]:
+    """The members, but for directories, of the tar in `size` bytes of the file from `start` on; a content's offset is
+    counted from the beginning of the file. `name` is what a message calls a tar within a tar.
 
     Raises UserError, naming file and offset, for what is not a tar or ends too early, OSError for what cannot be read.
     """
@@ -101,30 +90,24 @@ def scan_tar(
         while True:
             try:
                 tar = tar or tarfile.TarFile(fileobj=file, encoding="utf-8")
-                found = tar.next()
+                member = tar.next()
             # Besides its own errors, tarfile lets through what numbers and long chains of headers lead to.
             except (tarfile.TarError, ValueError, IndexError, OverflowError, RecursionError) as error:
-                found, reason = None, str(error)
-            if tar is None or found is None:
+                member, reason = None, str(error)
+            if tar is None or member is None:
                 break
-            tar.members.clear()  # it would keep them all
-            member = Member(found.name, found.isreg(), found.offset_data, found.size)
+            tar.members.clear()  # type: ignore[attr-defined]  # it would keep them all
             shown = f"{member.name!r} (header at byte {at})"
-            if found.issparse():
+            if member.issparse():
                 raise UserError(f"{where}: {shown} is stored as a sparse file, expected plain files; make the tar "
                                 "again without --sparse")  # fmt: skip
-            if member.size < 0 or not found.pax_headers.get("size", "0").isdecimal():
+            if member.size < 0 or not member.pax_headers.get("size", "0").isdecimal():
                 raise UserError(f"{where}: damaged: {shown} has no readable size; fetch it again")
-            if member.is_file and member.offset + member.size > file.end:
+            if member.isreg() and member.offset_data + member.size > file.end:
                 raise UserError(f"{where}: truncated: {shown} needs {member.size} bytes, and the tar ends at byte "
                                 f"{file.end}; fetch it again")  # fmt: skip
-            if not found.isdir():
-
-                def read(num_bytes: int, member: Member = member) -> bytes:
-                    file.seek(member.offset)
-                    return file.read(min(num_bytes, member.size))
-
-                yield member, read
+            if not member.isdir():
+                yield member
             at = tar.offset
         # tarfile takes whatever is no header for the end.
         is_short = file.tell() >= file.end
@@ -140,17 +123,6 @@ def scan_tar(
             raise UserError(f"{where}: no tar, expected a tar header at byte {at}{reason}; a compressed one must be "
                             "unpacked")  # fmt: skip
         raise UserError(f"{where}: damaged: no tar header at byte {at}{reason}, where one should be; fetch it again")
-
-
-def find_files(root: Path, folders: Sequence[str], ending: str) -> list[str]:
-    """Names, relative to `root` and sorted, of the visible files with that ending directly in one of its `folders`."""
-    found = []
-    for folder in folders:
-        if (root / folder).is_dir():
-            names = os.listdir(root / folder)  # noqa: PTH208 - a class folder may hold very many
-            wanted = [name for name in names if name.endswith(ending) and not name.startswith(".")]
-            found += [f"{folder}/{name}" if folder else name for name in wanted if (root / folder / name).is_file()]
-    return sorted(found)
 
 
 def scan_all(function: Callable[[Item], Found], items: Sequence[Item], label: str) -> Iterator[Found]:

@@ -1,9 +1,4 @@
-"""What a layout finds, and how it becomes a `Source`'s splits: names, order, subset and validation share.
-
-The decision that shaped it: layouts only say which images there are and which class each is of, by a provisional label
-into `names`. Everything that must be the same whatever the layout (class indices, canonical order, the share taken for
-validation) is done here, from names alone. Left out: finding and reading the images.
-"""
+"""What a layout finds, and what is the same for all layouts, from names alone: order, subset, validation share."""
 
 import hashlib
 import re
@@ -13,7 +8,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pipeline.common.errors import UserError
-from pipeline.images.imagenet import load_ilsvrc2012
 
 _NUM_NAMED = 8
 _WNID_BEHIND = re.compile(r"_n[0-9]{8}(?=(\.[^.]*)?$)")
@@ -21,9 +15,8 @@ _TRAIN_NAME = re.compile(r"(n[0-9]{8})_")
 
 
 class Entry(NamedTuple):
-    """One image: its path inside the source, by which it is traced, its class index, and, where the path does not say
-    it, where the bytes are (numbers that the source's `read` understands). The path is never opened unless a folder
-    was listed to get it: a name out of an archive is a name and no more."""
+    """One image: its path inside the source, its class index, and, where the path does not say it, where the bytes are
+    (numbers that the source's `read` understands). A path out of an archive is a name, and never opened."""
 
     path: str
     label: int
@@ -36,18 +29,27 @@ class Entry(NamedTuple):
 
 @dataclass
 class Listing:
-    """What a layout holds. `names[label]` is the class (wnid) of the entries with that provisional label; `titles`
-    are names for people that come with the source; `is_undivided`: there is no word on what is for validation."""
+    """What a layout holds, in any order. `labels` numbers its classes (wnids) provisionally; `titles` are names for
+    people that come with the source; `is_undivided`: there is no word on what is for validation."""
 
     layout: str
     root: Path
-    names: list[str]
-    train: list[Entry]
-    val: list[Entry]
     read: Callable[[Entry], bytes]
+    train: list[Entry] = field(default_factory=list)
+    val: list[Entry] = field(default_factory=list)
+    labels: dict[str, int] = field(default_factory=dict)
     titles: dict[str, str] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)
     is_undivided: bool = False
+
+    def label_of(self, name: str) -> int:
+        """The label of a class, a new one where it has none."""
+        return self.labels.setdefault(name, len(self.labels))
+
+    @property
+    def names(self) -> list[str]:
+        """The class of each label."""
+        return list(self.labels)
 
 
 def name_some(names: list[str]) -> str:
@@ -76,34 +78,6 @@ def find_wnid(name: str, base_name: str) -> str | None:
     return before[1] if before else None
 
 
-def name_labels(
-    labels: set[int], wnids: dict[int, set[str | None]], titles: dict[int, str] | None = None
-) -> tuple[dict[int, str], str]:
-    """Class names of the training labels of a source that numbers its classes, and a remark ("" where none is due).
-
-    `wnids`: what the names of a label's images tell. Tried in turn: one wnid for each label, another for each; the
-    sorted wnids of ILSVRC2012, if the labels, or `titles` (the source's own names) that fit, are 0 to 999; those
-    titles, if no two are the same; the numbers, padded so that they sort as numbers.
-    """
-    told = {label: next(iter(wnids[label])) for label in labels if len(wnids.get(label, ())) == 1}
-    by_image = {label: wnid for label, wnid in told.items() if wnid}
-    if len(by_image) == len(labels) == len(set(by_image.values())):
-        return by_image, ""
-    table = load_ilsvrc2012()
-    if set(titles or labels) == set(range(len(table))) and (not titles or _fit(titles, table)):
-        return dict(enumerate(table)), "labels 0 to 999 are taken for the sorted wnids of ILSVRC2012"
-    if titles and labels <= titles.keys() and len(set(titles.values())) == len(titles):
-        return titles, ""
-    width = len(str(max(labels, default=0)))
-    return {label: f"{label:0{width}d}" for label in labels}, "classes are called by their numbers, for want of names"
-
-
-def _fit(titles: dict[int, str], table: dict[str, str]) -> bool:
-    """Whether these are ILSVRC2012's classes: editions of the list differ in a few words."""
-    same = [titles[label].split(",")[0] == name.split(",")[0] for label, name in enumerate(table.values())]
-    return sum(same) > len(same) // 2
-
-
 def pick_classes(listing: Listing, subset: Path) -> None:
     """Keep the images of the classes that the file lists: one a line, `#` before a comment. Raises UserError for names
     that `listing` does not have, or none at all."""
@@ -112,7 +86,7 @@ def pick_classes(listing: Listing, subset: Path) -> None:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise UserError(f"{subset}: {reason}; expected a text file of wnids, one a line") from error
-    known, wanted = set(listing.names), []
+    known, wanted = listing.labels.keys(), []
     for line in lines:
         name = re.sub(r"(^|\s)#.*", "", line).strip()
         if name:
@@ -146,8 +120,9 @@ def take_share(listing: Listing, fraction: float, seed: int) -> None:
         by_class.setdefault(entry.label, []).append(entry)
     train: list[Entry] = []
     val: list[Entry] = []
+    names = listing.names
     for label, entries in by_class.items():
-        salt = f"{seed} {listing.names[label]} "
+        salt = f"{seed} {names[label]} "
 
         def draw(entry: Entry, salt: str = salt) -> tuple[bytes, tuple[str, ...]]:
             key = _sort_key(entry)
@@ -171,13 +146,14 @@ def put_in_order(listing: Listing) -> tuple[tuple[str, ...], list[Entry], list[E
 
     Raises UserError for validation images of other classes.
     """
-    by_class: list[list[Entry]] = [[] for _ in listing.names]
+    names = listing.names
+    by_class: list[list[Entry]] = [[] for _ in names]
     for entry in listing.train:
         by_class[entry.label].append(entry)
     listing.train = []  # 1.3 million of them: not to be held twice
-    classes = sorted((name, label) for label, name in enumerate(listing.names) if by_class[label])
+    classes = sorted((name, label) for label, name in enumerate(names) if by_class[label])
     final = {label: index for index, (_, label) in enumerate(classes)}
-    strangers = sorted({listing.names[entry.label] for entry in listing.val if entry.label not in final})
+    strangers = sorted({names[entry.label] for entry in listing.val if entry.label not in final})
     if strangers:
         raise UserError(
             f"{listing.root / 'val'}: {len(strangers)} classes without training images: {name_some(strangers)}; "

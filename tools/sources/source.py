@@ -1,17 +1,13 @@
 """Where the images are: any of the forms in which ImageNet lies on disks, as a list of entries and a way to read one.
 
-The decision that shaped it: what a source holds (class table, entries in canonical order) is plain data, and reading
-is one picklable function, so that a worker process is sent entries and the function, never the whole listing. Class
-indices are the ranks of the class names in sorted order, and the canonical order (train by class and base name, val by
-base name, endings aside) depends on names alone, so it is the same wherever the images lie. Left out: looking into the
-images, and each layout's own ways (layouts/).
+Class indices are the ranks of the class names. Training images are in order of class and base name, validation images
+of base name, endings aside: by names alone, so that shards are the same wherever the images lie.
 """
 
 import gc
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 
 from pipeline.common.errors import UserError
 from pipeline.images.imagenet import IMAGE_ENDINGS, load_ilsvrc2012
@@ -23,7 +19,7 @@ from tools.sources.listing import Entry, Listing, name_some, pick_classes, put_i
 
 __all__ = ["IMAGE_ENDINGS", "Entry", "Source", "open_source"]
 
-_MODULES: dict[str, ModuleType] = dict(zip(LAYOUTS, (folder, kaggle, official, parquet, webdataset), strict=True))
+_MODULES = dict(zip(LAYOUTS, (folder, kaggle, official, parquet, webdataset), strict=True))
 _MAX_FOLDERS_DOWN = 32  # in a folder with more in it, we do not go looking
 
 
@@ -70,8 +66,8 @@ def open_source(
 
 
 def _open_source(root: Path, layout: str | None, val_fraction: float | None, seed: int, subset: Path | None) -> Source:
-    module, at = _find_layout(root, layout)
-    listing: Listing = module.scan(at)
+    name, at = _find_layout(root, layout)
+    listing: Listing = _MODULES[name].scan(at)
     if at != root:
         listing.remarks.insert(0, f"{listing.layout} layout found in {at}")
     if subset is not None:
@@ -104,8 +100,8 @@ def _divide(listing: Listing, val_fraction: float | None, seed: int) -> None:
         listing.remarks.append(f"{wanted}: the shards will have no validation set (--val-fraction takes a share)")
 
 
-def _find_layout(root: Path, layout: str | None) -> tuple[ModuleType, Path]:
-    """The layout's module and the folder to scan: `root`, a folder that the layout has below it, or, if that is the
+def _find_layout(root: Path, layout: str | None) -> tuple[str, Path]:
+    """The layout and the folder to scan: `root`, a folder that the layout has below it, or, if that is the
     only one there, a folder in `root`."""
     if layout is not None and layout not in _MODULES:
         raise UserError(f"layout {layout!r}: expected one of {', '.join(LAYOUTS)}")
@@ -128,17 +124,13 @@ def _find_layout(root: Path, layout: str | None) -> tuple[ModuleType, Path]:
             hint = f"; did you mean {above[0][1]}?" if above else ""
             raise UserError(f"{root}: {shown}{train}; {expected}{hint}")
     if len(found) > 1:
-        seen = ", ".join(f"{_name(module)} in {at}" for module, at in found)
+        seen = ", ".join(f"{name} in {at}" for name, at in found)
         raise UserError(f"{root}: more than one source: {seen}; give one's folder, or choose by --layout")
     return found[0]
 
 
-def _match(root: Path, names: tuple[str, ...]) -> list[tuple[ModuleType, Path]]:
-    found = [(_MODULES[name], at) for name in names if (at := _MODULES[name].find(root))]
-    # Kaggle's CLS-LOC/ has train/ and val/ like any other.
-    kaggle_at = [at for module, at in found if module is kaggle]
-    return [(module, at) for module, at in found if module is not folder or at not in kaggle_at]
-
-
-def _name(module: ModuleType) -> str:
-    return module.__name__.rpartition(".")[2]
+def _match(root: Path, names: tuple[str, ...]) -> list[tuple[str, Path]]:
+    found = {name: at for name in names if (at := _MODULES[name].find(root))}
+    if "kaggle" in found and found["kaggle"] == found.get("folder"):
+        del found["folder"]  # Kaggle's CLS-LOC/ has train/ and val/ like any other
+    return list(found.items())

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from pipeline.common.errors import UserError
 from pipeline.images.imagenet import load_ilsvrc2012
 from tests.layout_builders import BUILDERS, fill
-from tools.sources.listing import Entry, Listing, name_labels, put_in_order, split_stem, strip_wnid, take_share
+from tools.sources.listing import Entry, Listing, put_in_order, split_stem, strip_wnid, take_share
+from tools.sources.numbered import name_labels
 from tools.sources.source import open_source
 
 
@@ -19,7 +20,8 @@ def make_listing(sizes: list[int], seed: int = 0) -> Listing:
     names = [f"class {number}" for number in range(len(sizes))]
     train = [Entry(f"train/{names[label]}/{n}.JPEG", label) for label, size in enumerate(sizes) for n in range(size)]
     random.Random(seed).shuffle(train)
-    return Listing("folder", Path("root"), names, train, [], lambda entry: b"")
+    labels = {name: label for label, name in enumerate(names)}
+    return Listing("folder", Path("root"), lambda entry: b"", train, labels=labels)
 
 
 # --val-fraction

@@ -133,7 +133,8 @@ def entries():
         wnid = names[number % 1000]
         yield Entry(f"data/train-00000-of-00294.parquet/{wnid}_{number * 7919 % 1300021}.JPEG", number % 1000,
                     (number % 294, number << 17, 196_000, 31_000, 110_000 + number % 1000, 262_144))
-listing = Listing("parquet", Path("x"), names, list(entries()), [], MemberReader("x", ()))
+labels = {name: label for label, name in enumerate(names)}
+listing = Listing("parquet", Path("x"), MemberReader("x", ()), list(entries()), labels=labels)
 classes, train, val = put_in_order(listing)
 assert [entry.label for entry in train] == [number // 1300 for number in range(1_300_000)]
 source = Source("parquet", (), {"train": train, "val": val}, listing.read)

@@ -17,7 +17,7 @@ NAMES = st.text(st.characters(exclude_characters="\0", exclude_categories=("Cs",
 
 
 def scan(path: Path, **options) -> list:
-    return [member for member, _ in scan_tar(path, **options)]
+    return list(scan_tar(path, **options))
 
 
 @given(
@@ -41,10 +41,8 @@ def test_members_are_found_where_they_were_written(tmp_path_factory, members, fo
             if kind != "d":
                 wanted.append((name.rstrip("/"), kind == "f", content))  # slashes at the end say nothing about a file
     file, found = OpenFile(str(path)), []
-    for member, read in scan_tar(path):
-        content = file.read(member.offset, member.size)
-        assert read(7) == content[:7]
-        found.append((member.name.rstrip("/"), member.is_file, content))
+    for member in scan_tar(path):
+        found.append((member.name.rstrip("/"), member.isreg(), file.read(member.offset_data, member.size)))
     assert found == wanted
 
 
@@ -66,21 +64,21 @@ def test_offsets_and_sizes_beyond_8_gib_are_read(tmp_path, form):
         file.seek(len(header) + (9 << 30) + 512)  # a hole: it takes no room on the disk
         file.write(build_tar([("behind", b"image")], form))
     behind = scan(path)[1]
-    assert scan(path)[0].size == large.size and behind.offset > 9 << 30
-    assert OpenFile(str(path)).read(behind.offset, behind.size) == b"image"
+    assert scan(path)[0].size == large.size and behind.offset_data > 9 << 30
+    assert OpenFile(str(path)).read(behind.offset_data, behind.size) == b"image"
 
 
 def test_a_tar_cut_anywhere_is_an_error_or_has_all_its_members(tmp_path):
     path = tmp_path / "x.tar"
     whole = build_tar([("a", b"x" * 700), ("b" * 150, b"y" * 20), ("c", b"")])
     path.write_bytes(whole)
-    members = scan(path)
-    end = members[-1].offset + 512  # the end mark
+    members = [(member.name, member.size) for member in scan(path)]
+    end = scan(path)[-1].offset_data + 512  # one block of zeros will do for the end mark
     assert len(members) == 3 and len(whole) > end
     for num_bytes in [*range(0, len(whole), 128), end - 1]:
         path.write_bytes(whole[:num_bytes])
         if num_bytes >= end:
-            assert scan(path) == members
+            assert [(member.name, member.size) for member in scan(path)] == members
             continue
         with pytest.raises(UserError) as caught:
             scan(path)
