@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 from pipeline.common.errors import UserError
@@ -27,14 +28,8 @@ def _is_undivided(root: Path) -> bool:
     names = list_names(root)
     if _SPLIT_NAMES & set(names):
         return False
-    num_found = 0
-    for name in names:
-        if (root / name).is_dir():
-            with os.scandir(root / name) as items:
-                num_found += any(_is_image(item) for item in items)
-        if num_found == _MIN_CLASSES:
-            return True
-    return False
+    classes = (name for name in names if (root / name).is_dir() and list_images(root / name)[0])
+    return len(list(islice(classes, _MIN_CLASSES))) == _MIN_CLASSES
 
 
 def scan(root: Path) -> Listing:
