@@ -2,16 +2,20 @@
 
 import hashlib
 import re
+import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 from pipeline.common.errors import UserError
+from pipeline.images.imagenet import load_ilsvrc2012
 
 _NUM_NAMED = 8
+_WNID = re.compile(r"n[0-9]{8}")
 _WNID_BEHIND = re.compile(r"_n[0-9]{8}(?=(\.[^.]*)?$)")
 _TRAIN_NAME = re.compile(r"(n[0-9]{8})_")
+_NUM_CONTRADICTIONS = 4  # that are shown
 
 
 class Entry(NamedTuple):
@@ -30,7 +34,8 @@ class Entry(NamedTuple):
 @dataclass
 class Listing:
     """What a layout holds, in any order. `labels` numbers its classes (wnids) provisionally; `titles` are names for
-    people that come with the source; `is_undivided`: there is no word on what is for validation."""
+    people that come with the source; `told` has what images' names tell where classes are numbered: by label and wnid,
+    how many do and the first of them; `is_undivided`: there is no word on what is for validation."""
 
     layout: str
     root: Path
@@ -39,12 +44,18 @@ class Listing:
     val: list[Entry] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)
     titles: dict[str, str] = field(default_factory=dict)
+    told: dict[tuple[int, str], tuple[int, str]] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)
     is_undivided: bool = False
 
     def label_of(self, name: str) -> int:
         """The label of a class, a new one where it has none."""
         return self.labels.setdefault(name, len(self.labels))
+
+    def tell(self, label: int, wnid: str, path: str) -> None:
+        """Count an image whose name tells `wnid`."""
+        count, example = self.told.get((label, wnid), (0, path))
+        self.told[label, wnid] = count + 1, example
 
     @property
     def names(self) -> list[str]:
@@ -78,6 +89,48 @@ def find_wnid(name: str, base_name: str) -> str | None:
     return before[1] if before else None
 
 
+def refuse_lookalikes(listing: Listing) -> None:
+    """Raises UserError for two classes whose names differ in how accents are written alone (macOS writes two marks)."""
+    seen: dict[str, str] = {}
+    for name in listing.labels:
+        other = seen.setdefault(unicodedata.normalize("NFC", name), name)
+        if other != name:
+            raise UserError(
+                f"{listing.root}: the classes {other!a} and {name!a} look alike, an accent is one character "
+                "here and two there; give both the same name"
+            )
+
+
+def find_contradictions(listing: Listing) -> str:
+    """A remark on what is said twice, and differently: images whose names tell another wnid than their class, classes
+    called as another one is; "" where nothing is."""
+    names, table, odd = listing.names, load_ilsvrc2012(), []
+    expected = {label: name for label, name in enumerate(names) if _WNID.fullmatch(name)}
+    if listing.told:  # a class that is called by its number or name should still be one wnid, and no other's
+        for (label, wnid), _ in sorted(listing.told.items(), key=lambda item: -item[1][0]):
+            expected.setdefault(label, wnid)
+        first: dict[str, int] = {}
+        for label, wnid in sorted(expected.items()):
+            if (other := first.setdefault(wnid, label)) != label:
+                odd.append(f"{wnid} is {names[other]!r} and {names[label]!r}")
+    else:
+        for entry in (*listing.train, *listing.val):
+            name = entry.base_name
+            if (said := find_wnid(name, name)) and entry.label in expected:
+                listing.tell(entry.label, said, entry.path)
+    for (label, wnid), (count, example) in sorted(listing.told.items()):
+        if wnid != expected[label]:
+            odd.append(f"{count:,} of class {names[label]!r} tell {wnid}, such as {example!r}")
+    by_title = {title: wnid for wnid, title in table.items()}
+    for wnid, title in listing.titles.items():
+        if title != table.get(wnid, title) and title in by_title:
+            odd.append(f"{wnid} is called {title!r}, as {by_title[title]} is")
+    if not odd:
+        return ""
+    more = f"; and {len(odd) - _NUM_CONTRADICTIONS} more" if len(odd) > _NUM_CONTRADICTIONS else ""
+    return f"names of images or classes contradict the labels: {'; '.join(odd[:_NUM_CONTRADICTIONS])}{more}"
+
+
 def pick_classes(listing: Listing, subset: Path) -> None:
     """Keep the images of the classes that the file lists: one a line, `#` before a comment. Raises UserError for names
     that `listing` does not have, or none at all."""
@@ -86,20 +139,20 @@ def pick_classes(listing: Listing, subset: Path) -> None:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise UserError(f"{subset}: {reason}; expected a text file of wnids, one a line") from error
-    known, wanted = listing.labels.keys(), []
+    known, wanted = {unicodedata.normalize("NFC", name): name for name in listing.labels}, []
     for line in lines:
-        name = re.sub(r"(^|\s)#.*", "", line).strip()
+        name = unicodedata.normalize("NFC", re.sub(r"(^|\s)#.*", "", line).strip())
         if name:
             first = name.split()[0]
             wanted.append(first if name not in known and first in known else name)  # "wnid name" is a common form
     if not wanted:
         raise UserError(f"{subset}: names no class; expected wnids, one a line")
-    if unknown := sorted(set(wanted) - known):
+    if unknown := sorted(set(wanted) - known.keys()):
         raise UserError(
             f"{subset}: {len(unknown)} classes that {listing.root} does not have: {name_some(unknown)}; "
-            f"expected names such as {name_some(sorted(known)[:2])}"
+            f"expected names such as {name_some(sorted(known.values())[:2])}"
         )
-    picked = set(wanted)
+    picked = {known[name] for name in wanted}
     kept = [name in picked for name in listing.names]
     num_before = len(listing.train) + len(listing.val)
     listing.train = [entry for entry in listing.train if kept[entry.label]]

@@ -25,6 +25,10 @@ class Part:
     titles: dict[int, str] = field(default_factory=dict)
 
 
+_OF_A_TOTAL = re.compile(r"(.*?)([0-9]+)-of-([0-9]+)")
+_IN_A_ROW = re.compile(r"(.*?)([0-9]+)([^0-9]*)")
+_MAX_NUMBER = 1_000_000  # larger ones are something else than the numbers of files
+
 AnyPart = TypeVar("AnyPart", bound=Part)
 
 
@@ -67,6 +71,41 @@ def sort_by_split(root: Path, files: Iterable[str]) -> tuple[dict[str, list[str]
     return splits, remarks
 
 
+def find_missing(files: Iterable[str]) -> list[str]:
+    """Files, without their endings, that the numbers in the others' names tell of: of 00000-of-00003 those of the three
+    that are not there, of 0000, 0002 the one between. Numbers that are mostly gaps (years, wnids) tell of none."""
+    rows: dict[tuple[str, ...], dict[int, str]] = {}
+    for file in files:
+        match = _OF_A_TOTAL.match(file) or _IN_A_ROW.fullmatch(file)
+        if match and int(match[2]) <= _MAX_NUMBER:
+            rows.setdefault((match[1], match[3], match.re.pattern), {})[int(match[2])] = match[2]
+    is_from_0 = any(0 in row for row in rows.values())
+    missing = []
+    for (head, last, pattern), row in rows.items():
+        if has_total := pattern == _OF_A_TOTAL.pattern:
+            total = min(int(last), _MAX_NUMBER)
+            wanted = range(total) if 0 in row or total not in row else range(1, total + 1)
+        else:
+            wanted = range(0 if is_from_0 and 1 in row else min(row), max(row) + 1)
+        absent = [number for number in wanted if number not in row]
+        if has_total or min(row) <= 1 or len(absent) < len(row):
+            width = min(map(len, row.values()))
+            missing += [f"{head}{number:0{width}d}{f'-of-{last}' if has_total else ''}" for number in absent]
+    return missing
+
+
+def check_complete(root: Path, files: Iterable[str], *, allow_missing: bool) -> str:
+    """A remark on files that are missing by the others' names, "" where none is. Raises UserError unless allowed."""
+    splits, _ = sort_by_split(root, files)
+    missing = find_missing([*splits["train"], *splits["val"]])
+    if not missing:
+        return ""
+    told = f"files are missing by the numbers in the others' names: {name_some(missing)}"
+    if not allow_missing:
+        raise UserError(f"{root}: {told}; fetch them, or go without by --allow-missing")
+    return told
+
+
 def list_images(
     layout: str, root: Path, files: list[str], scan: Callable[[Path], AnyPart]
 ) -> tuple[Listing, tuple[str, ...], list[AnyPart]]:
@@ -83,8 +122,11 @@ def list_images(
         split = listing.train if is_train else listing.val
         for name, label, place in zip(part.names, part.labels, part.places, strict=True):
             base = strip_wnid(name)
+            wnid = find_wnid(name, base)
             if is_train:
-                wnids.setdefault(label, set()).add(find_wnid(name, base))
+                wnids.setdefault(label, set()).add(wnid)
+            if wnid:
+                listing.tell(label, wnid, f"{used[number]}/{name}")
             split.append(Entry(f"{used[number]}/{base}", label, (number, *place)))
         if part.titles and titles and part.titles != titles:
             raise UserError(
@@ -106,6 +148,7 @@ def _name_classes(listing: Listing, wnids: dict[int, set[str | None]], titles: d
         called[label] = f"label {label}" if name in called.values() else name
     label_of = {number: listing.label_of(called[number]) for number in sorted(called)}
     listing.titles = {name: titles[number] for number, name in called.items() if number in titles}
+    listing.told = {(label_of[number], wnid): said for (number, wnid), said in listing.told.items()}
     if any(number != label for number, label in label_of.items()):
         listing.train = [Entry(path, label_of[number], where) for path, number, where in listing.train]
         listing.val = [Entry(path, label_of[number], where) for path, number, where in listing.val]

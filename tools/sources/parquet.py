@@ -73,7 +73,12 @@ def _load_group(path: str, group: int, column: str) -> "pyarrow.Array":
 
 def find(root: Path) -> Path | None:
     """`root`, if parquet files are where Hugging Face has them."""
-    return root if find_files(root, FOLDERS, ".parquet") else None
+    return root if list_files(root) else None
+
+
+def list_files(root: Path) -> list[str]:
+    """The Parquet files of `root`, of all splits."""
+    return find_files(root, FOLDERS, ".parquet")
 
 
 def scan(root: Path) -> Listing:
@@ -84,7 +89,7 @@ def scan(root: Path) -> Listing:
         raise UserError(
             f"{root}: reading Parquet needs pyarrow; install it: pip install 'alexnet-dali[parquet]'"
         ) from error
-    listing, files, parts = list_images("parquet", root, find_files(root, FOLDERS, ".parquet"), _scan_one)
+    listing, files, parts = list_images("parquet", root, list_files(root), _scan_one)
     if not listing.train:
         raise UserError(f"{root}: no row in {name_some(list(files))}; expected {EXPECTED}")
     if num_slow := sum(part.num_slow for part in parts):

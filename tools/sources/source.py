@@ -15,7 +15,17 @@ from pipeline.manifest import SPLITS, ClassEntry
 from tools.sources import LAYOUTS, folder, kaggle, official, parquet, webdataset
 from tools.sources.archive import keep_open
 from tools.sources.folder import list_names
-from tools.sources.listing import Entry, Listing, name_some, pick_classes, put_in_order, take_share
+from tools.sources.listing import (
+    Entry,
+    Listing,
+    find_contradictions,
+    name_some,
+    pick_classes,
+    put_in_order,
+    refuse_lookalikes,
+    take_share,
+)
+from tools.sources.numbered import check_complete
 
 __all__ = ["IMAGE_ENDINGS", "Entry", "Source", "open_source"]
 
@@ -48,28 +58,35 @@ def open_source(
     val_fraction: float | None = None,
     seed: int = 0,
     subset: str | Path | None = None,
+    allow_missing: bool = False,
 ) -> Source:
     """List the images in the folder `path`, in the layout that is found there, or in `layout`.
 
     `val_fraction` of each class's training images, chosen by `seed`, is for validation where the source does not say
-    what is; `subset` names a file of class names (wnids), one a line, to keep. Raises UserError for what is none of the
-    layouts or not whole, and for options that do not fit it; OSError for what cannot be read.
+    what is; `subset` names a file of class names (wnids) to keep, one a line; `allow_missing`: go on without files that
+    the numbers in the others' names tell of. Raises UserError for what is none of the layouts or not whole, and for
+    options that do not fit it; OSError for what cannot be read.
     """
     keep_open.cache_clear()
+    name, at = _find_layout(Path(path), layout)
+    module = _MODULES[name]
+    numbered = name in ("parquet", "webdataset")
+    missing = check_complete(at, module.list_files(at), allow_missing=allow_missing) if numbered else ""
     has_collector = gc.isenabled()
     gc.disable()  # it would walk over millions of tuples again and again, none of which is in a cycle
     try:
-        return _open_source(Path(path), layout, val_fraction, seed, None if subset is None else Path(subset))
+        listing: Listing = module.scan(at)
+        found = f"{listing.layout} layout found in {at}" if at != Path(path) else ""
+        refuse_lookalikes(listing)
+        odd = find_contradictions(listing)
+        listing.remarks = [remark for remark in (found, missing, odd, *listing.remarks) if remark]
+        return _make_source(listing, at, val_fraction, seed, None if subset is None else Path(subset))
     finally:
         if has_collector:
             gc.enable()
 
 
-def _open_source(root: Path, layout: str | None, val_fraction: float | None, seed: int, subset: Path | None) -> Source:
-    name, at = _find_layout(root, layout)
-    listing: Listing = _MODULES[name].scan(at)
-    if at != root:
-        listing.remarks.insert(0, f"{listing.layout} layout found in {at}")
+def _make_source(listing: Listing, at: Path, val_fraction: float | None, seed: int, subset: Path | None) -> Source:
     if subset is not None:
         pick_classes(listing, subset)
     if not listing.train:

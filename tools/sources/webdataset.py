@@ -27,10 +27,11 @@ class _Tar(Part):
 
 def find(root: Path) -> Path | None:
     """`root`, if tars are in it that are not the official ones."""
-    return root if _list_tars(root) else None
+    return root if list_files(root) else None
 
 
-def _list_tars(root: Path) -> list[str]:
+def list_files(root: Path) -> list[str]:
+    """The tars of `root`, of all splits."""
     files = find_files(root, ("", *SPLIT_OF_WORD), ".tar")
     return [name for name in files if not name.rpartition("/")[2].startswith("ILSVRC2012_")]
 
@@ -41,11 +42,12 @@ def scan(root: Path) -> Listing:
         raise UserError(
             f"{root}: holds shards made by alexnet-prep, expected full-size images; give what they were made of"
         )
-    listing, files, tars = list_images("webdataset", root, _list_tars(root), _scan_one)
+    listing, files, tars = list_images("webdataset", root, list_files(root), _scan_one)
     dotted = [name for tar in tars for name in tar.dotted]
     told = f"{len(dotted):,} images not used for their names, whose endings begin at the first dot: {name_some(dotted)}"
     if not listing.train:
-        raise UserError(f"{root}: no sample in {name_some(list(files))}; expected {EXPECTED}")
+        reason = f"{told}; write the tars again with no dot in a key" if dotted else f"expected {EXPECTED}"
+        raise UserError(f"{root}: no sample in {name_some(list(files))}; {reason}")
     if num_others := sum(tar.num_others for tar in tars):
         listing.remarks.append(f"{num_others:,} members that are neither images nor labels not used")
     if dotted:

@@ -178,6 +178,23 @@ def test_official_names_are_restored_and_paths_are_names_only(tmp_path):
     ]
 
 
+def test_labels_and_titles_that_contradict_the_wnids_in_names_are_told_with_examples(tmp_path):
+    """Validation labels of another order than the training labels, and titles of another order than both."""
+    rows = {
+        "train-0": [("n01440764_1_n01440764.JPEG", b"a", 0), ("n01443537_7_n01443537.JPEG", b"b", 1)],
+        "validation-0": [("ILSVRC2012_val_00000293_n01443537.JPEG", b"c", 0)],
+    }
+    table = load_ilsvrc2012()
+    titles = [table["n01443537"], table["n01440764"]]
+    [remark] = open_source(write_set(tmp_path / "a", rows, with_names(titles))).remarks
+    example = "data/validation-0.parquet/ILSVRC2012_val_00000293_n01443537.JPEG"
+    assert f"contradict the labels: 1 of class 'n01440764' tell n01443537, such as '{example}'" in remark
+    assert f"n01440764 is called '{titles[0]}', as n01443537 is" in remark
+    del rows["validation-0"][0]
+    rows["validation-0"] = [("ILSVRC2012_val_00000293_n01443537.JPEG", b"c", 1)]
+    assert open_source(write_set(tmp_path / "b", rows, with_names(titles[::-1]))).remarks == ()
+
+
 def test_a_thousand_labels_without_wnids_are_those_of_ilsvrc2012(tmp_path):
     titles = list(load_ilsvrc2012().values())
     source = open_source(write_set(tmp_path, {"train-0": [(None, b"a", 999), (None, b"b", 3)]}, with_names(titles)))
