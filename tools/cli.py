@@ -261,6 +261,8 @@ def _is_given(option: str) -> bool:
               help="Share of each class's images for validation, where SOURCE has no validation images.")  # fmt: skip
 @click.option("--subset", type=click.Path(), metavar="FILE",
               help="Only the classes in FILE: wnids, one a line, # before a comment.")  # fmt: skip
+@click.option("--allow-missing", is_flag=True,
+              help="Go on where the numbers in the names of SOURCE's files tell that some are missing.")  # fmt: skip
 @click.option("--samples-per-shard", default=5000, type=click.IntRange(min=1), help="Images per shard.")
 @click.option("--workers", type=click.IntRange(min=1), show_default="one per CPU",
               help="Worker processes; with --engine ray: tasks at a time.")  # fmt: skip
@@ -285,6 +287,7 @@ def shard(
     layout: str | None,
     val_fraction: float | None,
     subset: str | None,
+    allow_missing: bool,
     samples_per_shard: int,
     workers: int | None,
     seed: int,
@@ -312,7 +315,9 @@ def shard(
     from tools.sharding.make import make_shards
     from tools.sources.source import open_source
 
-    opened = open_source(source, layout=layout, val_fraction=val_fraction, seed=seed, subset=subset)
+    opened = open_source(
+        source, layout=layout, val_fraction=val_fraction, seed=seed, subset=subset, allow_missing=allow_missing
+    )
     for remark in opened.remarks:
         console.note(f"{source}: {remark}")
     summary = make_shards(
