@@ -81,20 +81,18 @@ def _read_index(shards: ShardSet) -> None:
 
 def _check_shard(path: Path, data: bytes) -> bool:
     """`alexnet-prep verify` has no refusal: whatever is in a tar becomes a list of problems."""
-    from tools.checks.shards import Samples, TarReader
+    from tools.checks.shards import Findings, Samples, TarReader
 
     path.write_bytes(data)
-    problems: list[str] = []
-    with path.open("rb", buffering=0) as file:
+    found = Findings()
+    with path.open("rb") as file:
         reader = TarReader(file)
-        samples = Samples(
-            lambda kind, what, expected, key: problems.append(what), ending="jpg", num_classes=4, decode=True
-        )
-        for member in reader.members(lambda what, expected: problems.append(what)):
+        samples = Samples(found, path.name, ending="jpg", num_classes=4, decode=True)
+        for member in reader.members(lambda what, expected: found.add("structure", path.name, what, expected)):
             samples.add(member)
         samples.close()
-        assert reader.offset == len(data) and (reader.is_whole or problems)
-    return not problems
+        assert reader.offset == len(data) and (reader.is_whole or found.num_problems)
+    return not found.num_problems
 
 
 def _source(folder: Path, root: Path, layout: str, name: str) -> Target:
