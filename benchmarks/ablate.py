@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from children import unwind_when_terminated
-from machine import describe_machine
+from harness.children import unwind_when_terminated
+from harness.machine import describe_machine
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))

@@ -23,8 +23,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from growth_data import make_shards
-from machine import choose_cpus, describe_machine
+from harness.growth_data import make_shards
+from harness.machine import choose_cpus, describe_machine
 
 ROOT = Path(__file__).resolve().parent.parent
 IMAGENET, EVAL_SHARE = 1_300_000, 0.039  # 50,000 validation images to 1.28 million

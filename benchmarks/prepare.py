@@ -15,15 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import race
-from children import Child, Failed, closing_all
-from machine import describe_machine
+from harness import race
+from harness.children import Child, Failed, closing_all
+from harness.machine import describe_machine
+from harness.racetable import report
+from harness.rounds import Entry, Row, alternate
 from PIL import Image
-from racetable import report
-from rounds import Entry, Row, alternate
 
 HERE = Path(__file__).resolve().parent
-SCRIPT = HERE / "peers_prepare.py"
+SCRIPT = HERE / "peers" / "prepare.py"
 SIZE_PX = 256
 ENDINGS = (".jpg", ".jpeg")
 NUM_STAGED = 400  # images on which the stages of ours are timed

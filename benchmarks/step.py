@@ -15,14 +15,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import race
-from children import Child, closing_all
-from machine import describe_machine
-from racetable import report
-from rounds import Entry, Row, alternate
+from harness import race
+from harness.children import Child, closing_all
+from harness.machine import describe_machine
+from harness.racetable import report
+from harness.rounds import Entry, Row, alternate
 
 HERE = Path(__file__).resolve().parent
-SCRIPT = HERE / "peers_step.py"
+SCRIPT = HERE / "peers" / "step.py"
 NUM_CLASSES = 1000
 ENTRIES = (
     Entry("ours", "ours", "`trainer.step.Learner`, recipe paper, float32"),

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from samples import CROP_PX, MAX_OFFSET_PX, SIZE_PX, Batches, Job, rng, rotate
+from harness.samples import CROP_PX, MAX_OFFSET_PX, SIZE_PX, Batches, Job, rng, rotate
 
 
 def limit(job: Job, kind: str) -> Batches:

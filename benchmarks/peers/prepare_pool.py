@@ -14,8 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from children import Contestant
-from prepare_images import Encode
+from harness.children import Contestant
+from harness.prepare_images import Encode
 
 Timed = tuple[int, float, int]  # images, seconds, images worked on
 _prepare: Encode  # of a worker process

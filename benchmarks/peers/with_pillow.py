@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
 
-from samples import BATCH, LONG_EPOCH, Augment, Batches, Job, Sample, Samples, draw_order, rng
+from harness.samples import BATCH, LONG_EPOCH, Augment, Batches, Job, Sample, Samples, draw_order, rng
 
 
 class _PillowSet:

@@ -4,7 +4,7 @@ The decision that shaped it: the same work for all. Shorter side to 256, central
 WebDataset tars or in the library's own format; processes are started before the clock, because a set of millions
 would not notice them. What starts workers in every call (ours, FFCV, LitData, vipsthumbnail) pays for that, and
 prepare.py says how much. Left out: the clock's rounds and the comparison of pixels (prepare.py).
-Run by prepare.py: `python peers_prepare.py NAME JOB`, answering calls on its standard input.
+Run by prepare.py: `python peers/prepare.py NAME JOB`, answering calls on its standard input.
 """
 # mypy: disable-error-code="import-not-found,import-untyped"
 
@@ -17,8 +17,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from children import Contestant, serve
-from prepare_images import (
+from harness.children import Contestant, serve
+from harness.prepare_images import (
     QUALITY,
     SIZE_PX,
     Encode,
@@ -29,8 +29,8 @@ from prepare_images import (
     make_pyvips,
     make_simplejpeg,
 )
-from prepare_ours import ours
-from prepare_pool import Job, Timed, limit, pooled, prepare_file, start_pool, unpack
+from peers.prepare_ours import ours
+from peers.prepare_pool import Job, Timed, limit, pooled, prepare_file, start_pool, unpack
 
 FFCV_MAX_RESOLUTION_PX = 341  # of the longer side: at 4:3 the shorter is 256; FFCV does not crop
 

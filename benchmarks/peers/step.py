@@ -4,7 +4,7 @@ The decision that shaped it: "the usual reproduction" is what public AlexNet rep
 of Conv2d, ReLU(inplace), nn.LocalResponseNorm and MaxPool2d in NCHW float32, dropout before the linear layers,
 torch.optim.SGD with momentum and weight decay. Most of them leave out the groups, which makes another, larger
 network, so it runs both ways. The limits are contestants too: they do the arithmetic, or move the bytes, of so many
-images. Left out: the clock's rounds (step.py). Run by step.py: `python peers_step.py NAME JOB`.
+images. Left out: the clock's rounds (step.py). Run by step.py: `python peers/step.py NAME JOB`.
 """
 # mypy: disable-error-code="import-not-found,import-untyped"
 
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from children import Contestant, serve
+from harness.children import Contestant, serve
 from torch import Tensor, nn
 from torch.nn import functional
 

@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from rounds import Row
+from harness.rounds import Row
 
 
 def summarise(values: Sequence[float]) -> dict[str, Any]:

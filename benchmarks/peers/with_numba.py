@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from samples import BATCH, CROP_PX, LONG_EPOCH, MAX_OFFSET_PX, SIZE_PX, Batches, Job, Samples, rng, rotate
+from harness.samples import BATCH, CROP_PX, LONG_EPOCH, MAX_OFFSET_PX, SIZE_PX, Batches, Job, Samples, rng, rotate
 
 
 def compile_kernel() -> Callable[..., None]:

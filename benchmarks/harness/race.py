@@ -13,10 +13,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from children import Child, Failed, unwind_when_terminated
-from machine import choose_cpus
-from racetable import compare
-from rounds import Entry, Row, choose, start_child
+from harness.children import Child, Failed, unwind_when_terminated
+from harness.machine import choose_cpus
+from harness.racetable import compare
+from harness.rounds import Entry, Row, choose, start_child
 
 Measured = tuple[str, dict[str, Any]]
 

@@ -2,7 +2,7 @@
 
 The decision that shaped it: one form of the data for all, encoded bytes and raw pixels in flat files, from which each
 library converts to its own; and one kind of draws, so that rows differ in what they are named after. NumPy only.
-Left out: the contestants (peers_feed.py, peers_numba.py, peers_pillow.py, limits.py).
+Left out: the contestants (peers/, limits.py).
 """
 
 import io
