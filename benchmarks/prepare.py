@@ -5,7 +5,6 @@
 SOURCE holds images at any depth (default: a synthetic set). Every way turns the same files into 256x256 JPEGs of
 quality 90 on the same cores. Before the clock runs, each one's output is decoded and compared with Pillow's LANCZOS
 from a full decode: count, shape, and the mean PSNR that the table shows. README.md says how to install the peers.
-The decision that shaped it: no way is timed whose pixels have not been seen. Left out: GPUs.
 """
 
 import argparse

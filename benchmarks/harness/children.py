@@ -1,9 +1,7 @@
-"""Contestants in processes of their own: what a child offers, its life, and the parent's hold on it.
+"""Contestants as child processes, each with its own interpreter: a line of JSON asks, a line of JSON answers.
 
-The decision that shaped it: every contestant is a child process with its own interpreter that answers one line of JSON
-with one line of JSON, so libraries that clash can meet in one run. A child is stopped (SIGSTOP) whenever it is not its
-turn: nobody prefetches on another's time. Left out: whose turn it is (rounds.py). Standard library only, because the
-children import this file in any environment.
+A child is stopped (SIGSTOP) whenever it is not its turn, so that nobody prefetches on another's time. Standard library
+only, because the children import this file in any environment.
 """
 
 import contextlib

@@ -1,8 +1,4 @@
-"""The limits of feed.py: limits.c, compiled when asked for and driven by threads.
-
-The decision that shaped it: a limit is a whole batch in one call of C, so that Python only hands out work. Left out:
-what the functions do (limits.c).
-"""
+"""The limits of feed.py: limits.c, compiled when asked for and driven by threads, a batch in each call."""
 
 import ctypes
 import subprocess

@@ -1,8 +1,4 @@
-"""What the races share besides their rounds: options, scratch folder, a start for everyone, the results of pairs.
-
-The decision that shaped it: a race says who takes part, what each is told and how it is looked at before the clock
-runs; everything else happens here, alike for all. Left out: rounds (rounds.py), the table (racetable.py).
-"""
+"""What the races share besides their rounds: options, scratch folder, a start for everyone, the results of pairs."""
 
 import argparse
 import json

@@ -1,8 +1,7 @@
-"""The race: who takes part, and rounds in which all take turns.
+"""The race: who takes part, and rounds in which all take turns, each beginning with another contestant.
 
-The decision that shaped it: rounds alternate, each beginning with another contestant, and whatever keeps the cores busy
-while all of ours are stopped is foreign work, which is measured and reported. A contestant whose library is missing, or
-that fails, keeps its row and says so. Left out: what is measured (prepare.py, feed.py, step.py) and how (peers/).
+Whatever keeps the cores busy while all of ours are stopped is foreign work, which is measured and reported. A
+contestant whose library is missing, or that fails, keeps its row and says so.
 """
 
 from collections.abc import Callable, Mapping, Sequence

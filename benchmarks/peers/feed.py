@@ -1,10 +1,9 @@
 """The contestants of feed.py: stored 256x256 images -> shuffled batches of 128 crops, each library in its best form.
 
-The decision that shaped it: every way is an endless generator of (images, labels), started once and kept running, so
-that a turn of the clock sees the steady state, without the start or the end of an epoch. What differs is how samples
-are stored and decoded; the draws (offset, flip, colour shift) and the arithmetic are the same: pixel - shift, where
-shift is the channel mean minus lighting. Conversions to a library's own format happen once, before the clock.
-Left out: the clock's rounds and the comparison of pixels (feed.py). Run by feed.py: `python peers/feed.py NAME JOB`.
+Every way is an endless generator of (images, labels) that is started once, so that a turn of the clock sees the steady
+state. How samples are stored and decoded differs; the draws (offset, flip, colour shift) and the arithmetic are the
+same: pixel - shift, where shift is the channel mean minus lighting. Conversions to a library's own format happen
+before the clock. The race runs it as `python peers/feed.py NAME JOB`.
 """
 # mypy: disable-error-code="import-not-found,import-untyped"
 

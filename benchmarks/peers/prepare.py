@@ -1,10 +1,8 @@
 """The contestants of prepare.py: image files -> 256x256 JPEGs of quality 90, each in its best known form on few cores.
 
-The decision that shaped it: the same work for all. Shorter side to 256, central 256x256, 4:2:0 JPEG, written to disk in
-WebDataset tars or in the library's own format; processes are started before the clock, because a set of millions
-would not notice them. What starts workers in every call (ours, FFCV, LitData, vipsthumbnail) pays for that, and
-prepare.py says how much. Left out: the clock's rounds and the comparison of pixels (prepare.py).
-Run by prepare.py: `python peers/prepare.py NAME JOB`, answering calls on its standard input.
+The same work for all: shorter side to 256, central 256x256, 4:2:0 JPEG, written to disk in WebDataset tars or in the
+library's own format. What starts workers in every call (ours, FFCV, LitData, vipsthumbnail) pays for that, and
+prepare.py says how much. The race runs it as `python peers/prepare.py NAME JOB`.
 """
 # mypy: disable-error-code="import-not-found,import-untyped"
 

@@ -1,7 +1,6 @@
-"""What the ways of preparing images share: the job, a pool of processes that are warm before the clock runs, tars.
+"""What the ways of preparing images share: the job, tars, and a pool of processes.
 
-The decision that shaped it: processes are started before the clock, because a set of millions would not notice them.
-Left out: what is done to an image (prepare_images.py).
+They are started before the clock, because a set of millions would not notice their start.
 """
 
 import multiprocessing

@@ -1,9 +1,7 @@
 """Every reader of bytes from outside as a function of bytes, which may do one of two things: read them or refuse them.
 
-The decision that shaped it: a target is what the commands call, on a file of its own where that is what they read, and
-lets nothing through but the reader's own refusal, in one line. Whatever else comes out (another exception, a crash, no
-end) is a finding; hypothesis, atheris and run.py only bring the bytes. Left out: what a reader makes of sound files;
-that is tested beside each of them.
+A target is what the commands call, and lets nothing through but the reader's own refusal, in one line. Whatever else
+comes out (another exception, a crash, no end) is a finding.
 """
 
 import shutil
