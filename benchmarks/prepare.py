@@ -5,7 +5,6 @@
 SOURCE holds images at any depth (default: a synthetic set). Every way turns the same files into 256x256 JPEGs of
 quality 90 on the same cores. Before the clock runs, each one's output is decoded and compared with Pillow's LANCZOS
 from a full decode: count, shape, and the mean PSNR that the table shows. README.md says how to install the peers.
-The decision that shaped it: no way is timed whose pixels have not been seen. Left out: GPUs.
 """
 
 import argparse
@@ -15,15 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import race
-from children import Child, Failed, closing_all
-from machine import describe_machine
+from harness import race
+from harness.children import Child, Failed, closing_all
+from harness.machine import describe_machine
+from harness.racetable import report
+from harness.rounds import Entry, Row, alternate
 from PIL import Image
-from racetable import report
-from rounds import Entry, Row, alternate
 
 HERE = Path(__file__).resolve().parent
-SCRIPT = HERE / "peers_prepare.py"
+SCRIPT = HERE / "peers" / "prepare.py"
 SIZE_PX = 256
 ENDINGS = (".jpg", ".jpeg")
 NUM_STAGED = 400  # images on which the stages of ours are timed

@@ -3,10 +3,9 @@
     python benchmarks/saving.py --saves 10 --folder /data/scratch --json saving.json     # a minute or two
     python benchmarks/saving.py --saves 1 --width 0.0625 --batch 2                        # to see that it runs
 
-In one process, one after the other: steps alone; `Saver.begin`, which training waits for, then steps until the write is
-done; and the same state written in the training's own thread, which is what a save without one would cost. The decision
-that shaped it: taking the copy's memory, once, at the start, is shown by itself. On a GPU, if there is
-one, else on the CPU. Left out: data, ranks.
+Measures, one after the other: steps alone; `Saver.begin`, which training waits for, then steps until the write is done;
+and the same state written by the training's own thread. The memory of the copy, taken once at the start, is shown by
+itself. On a GPU, if there is one, else on the CPU.
 """
 
 import argparse

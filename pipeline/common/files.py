@@ -10,11 +10,17 @@ from pipeline.common.machine import temporary_for
 
 
 def read_json(path: Path) -> Any:
-    """Decoded JSON of `path`. Raises UserError if it cannot be read or is not JSON."""
+    """Decoded JSON of `path`. Raises UserError if it cannot be read, is not JSON, or has a name twice in an object."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_refuse_doubles)
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read as JSON ({error}); restore the file or make it again") from error
+
+
+def _refuse_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(dict(pairs)) != len(pairs):
+        raise ValueError("a name comes twice in one object")
+    return dict(pairs)
 
 
 def write_json(path: Path, value: Any) -> None:

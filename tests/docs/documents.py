@@ -1,13 +1,11 @@
 """The code blocks of the documents: their tags, their commands, and each command read by the parser it is meant for.
 
-The decision that shaped it: a block is tagged by an HTML comment on the line before it, which no reader sees:
+A block is tagged by an HTML comment on the line before it, which no reader sees:
 
     <!-- run -->               every command is run, small (tests/docs/test_commands.py); or "run in FOLDER"
     <!-- parsed -->            every command is read by its own parser: two GPUs, Slurm, real ImageNet, object storage
     <!-- program: TEST -->     Python, run by the test file named
     <!-- text -->              no command: a formula, a map, a file
-
-Left out: running commands.
 """
 
 import contextlib

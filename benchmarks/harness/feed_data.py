@@ -1,7 +1,6 @@
 """What the contestants of feed.py are fed: the same images as shards, raw shards and plain files, with their colours.
 
-The decision that shaped it: it is kept in the scratch folder, and made again only for another source or number. Left
-out: the conversions to the peers' own formats, which are theirs (peers_feed.py).
+It is kept in the scratch folder, and made again only for another source or number.
 """
 
 import argparse
