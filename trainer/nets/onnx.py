@@ -48,7 +48,7 @@ def build(weights: Weights) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # dynamo=True is newer, and needs onnxscript
         torch.onnx.export(
-            net, (torch.zeros(_SHAPE),), written, dynamo=False, opset_version=_OPSET,
+            net, (torch.zeros(_SHAPE),), written, dynamo=False, opset_version=_OPSET,  # type: ignore[arg-type]
             input_names=["pixels"], output_names=["logits"], dynamic_axes={"pixels": batch, "logits": batch},
         )  # fmt: skip
     model = onnx.load_from_string(written.getvalue())
