@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from trainer import checkpoint
-from trainer.bench.usage import list_tree, memory_bytes
+from trainer.bench.rates import list_tree, memory_bytes
 from trainer.checkpoint import Saver
 from trainer.distributed import Ranks
 from trainer.recipe import RECIPES
