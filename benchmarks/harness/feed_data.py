@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from harness.source_images import lay_out, list_photographs, make_synthetic
 from PIL import Image
-from prepare import lay_out, list_photographs, make_synthetic
 
 SAMPLES_PER_SHARD = 128
 COPIES = 64  # of the set in the list of shards (links): so that an epoch's end comes as seldom as ImageNet's
