@@ -211,6 +211,16 @@ def test_a_damaged_folder_is_refused_in_one_line(tmp_path, damage, message):
     assert "\n" not in str(caught.value)
 
 
+def test_a_set_opened_by_a_relative_name_stays_readable_when_the_current_folder_changes(tmp_path, monkeypatch):
+    make_folder(tmp_path / "shards")
+    monkeypatch.chdir(tmp_path)
+    shards = ShardSet.open("shards")
+    monkeypatch.chdir("/")
+    shards.check("train")
+    assert shards.root == tmp_path / "shards" and shards.location == str(tmp_path / "shards")
+    assert all(path.is_file() for path in (*shards.tars("train"), *shards.indices("val")))
+
+
 def test_the_index_header_is_that_of_dalis_version_1_2():
     assert index_header(17) == "v1.2 17"
 
