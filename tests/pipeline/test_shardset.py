@@ -54,6 +54,17 @@ def is_manifest_or_one_line(result):
     return isinstance(result, Manifest) or (result.startswith("here: ") and "\n" not in result)
 
 
+@pytest.mark.parametrize("wrong", ["2", 2.0, None, True])
+@pytest.mark.parametrize("place", [("seed",), ("shards", 0, "samples"), ("classes", 1, "index"), ("totals", "val")])
+def test_what_should_be_a_whole_number_and_is_not_is_refused(place, wrong):
+    raw = copy.deepcopy(GOOD)
+    inner = raw
+    for step in place[:-1]:
+        inner = inner[step]
+    inner[place[-1]] = wrong
+    assert parse_or_refuse(raw).startswith("here: not a manifest (TypeError: ")
+
+
 def make_folder(root: Path) -> Path:
     root.mkdir()
     for shard in GOOD["shards"]:
