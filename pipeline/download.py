@@ -23,8 +23,8 @@ from typing import IO, Any, TypeVar
 from pipeline.colors import COLOR_FILE, MEAN_IMAGE_FILE
 from pipeline.common.console import Progress, note
 from pipeline.common.errors import UserError
-from pipeline.common.files import sync_folder, write_atomic, write_json
-from pipeline.manifest import MANIFEST, Manifest, Shard, index_header
+from pipeline.common.files import sync_folder, user_cache, write_atomic, write_json
+from pipeline.manifest import MANIFEST, Manifest, Shard, check_header
 
 ENV_CACHE = "ALEXNET_CACHE"
 CHECKED = ".checked.json"  # beside shards: which files, as they are, had the SHA-256 of the manifest
@@ -176,14 +176,9 @@ class Remote:
         )
 
     def _fetch_index(self, root: Path, shard: Shard) -> Iterator[int]:
-        name, expected = Path(shard.file).with_suffix(".idx").name, index_header(shard.samples)
+        name = Path(shard.file).with_suffix(".idx").name
         data = self.read(name)
-        header = data.split(b"\n", 1)[0].decode("ascii", "replace").strip()
-        if header != expected:
-            raise UserError(
-                f"{self.url}/{name}: starts with {header[:40]!r}, expected {expected!r} (stale index); "
-                "upload the shards again"
-            )
+        check_header(data, shard, f"{self.url}/{name}", "upload the shards again")
         write_atomic(root / name, data)
         yield len(data)
 
@@ -227,15 +222,14 @@ def open_remote(url: str, cache_dir: str | Path | None) -> tuple[Path, Manifest,
 
 def default_cache_dir() -> Path:
     """$ALEXNET_CACHE, else alexnet-dali under the user's cache folder. Raises UserError for a user without a home."""
-    if named := os.environ.get(ENV_CACHE):
-        return Path(named)
-    try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "alexnet-dali"
-    except RuntimeError as error:
+    named = os.environ.get(ENV_CACHE)
+    folder = Path(named) if named else user_cache()
+    if folder is None:
         raise UserError(
             f"no folder for shards behind a URL: neither HOME nor XDG_CACHE_HOME is set; name one with --cache-dir or "
             f"{ENV_CACHE}"
-        ) from error
+        )
+    return folder
 
 
 def find_unchecked(root: Path, shards: Sequence[Shard]) -> list[Shard]:

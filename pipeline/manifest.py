@@ -117,3 +117,10 @@ def _check(name: str, kind: Any, value: Any) -> Any:
 def index_header(num_samples: int) -> str:
     """First line of a DALI index, version 1.2."""
     return f"v1.2 {num_samples}"
+
+
+def check_header(index: bytes, shard: Shard, where: Path | str, remedy: str) -> None:
+    """Raises UserError, naming `where`, for the beginning of an index that is not this shard's."""
+    header, expected = index[:64].split(b"\n")[0].decode("ascii", "replace").strip(), index_header(shard.samples)
+    if header != expected:
+        raise UserError(f"{where}: starts with {header[:40]!r}, expected {expected!r} (stale index); {remedy}")
