@@ -28,6 +28,16 @@ def write_json(path: Path, value: Any) -> None:
     write_atomic(path, (json.dumps(value, indent=1) + "\n").encode())
 
 
+def user_cache() -> Path | None:
+    """The user's folder for what can be made again; None for a user without a home."""
+    named = os.environ.get("XDG_CACHE_HOME", "")
+    try:
+        folder = Path(named) if named.startswith("/") else Path.home() / ".cache"
+    except RuntimeError:
+        return None
+    return folder / "alexnet-dali" if folder.is_absolute() else None
+
+
 def sync_folder(path: Path) -> None:
     """Make sure that the names in a folder outlast a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
