@@ -13,7 +13,7 @@ NUM_STAGE_PASSES = 4
 STAGES = {  # functions of ours that make up a stage, by the names they are looked up under
     "decode": "pipeline.images.resize.decode",
     "resize and crop": "pipeline.images.resize.to_square",
-    "encode": "tools.sharding.hostcodec.encode",
+    "encode": "tools.sharding.write.encode",
 }
 
 

@@ -18,10 +18,9 @@ from tools.sources import LAYOUTS
 if TYPE_CHECKING:
     from pipeline.colors import ColorStats
     from tools.checks.verify import Report
-    from tools.sharding.hostcodec import Encoding
     from tools.sharding.lock import Part
     from tools.sharding.make import Summary
-    from tools.sharding.preparer import Device
+    from tools.sharding.plan import Encoding
 
 
 DEFAULT_SHARDS, SHARDS_VARIABLE = "shards", "ALEXNET_SHARDS"
@@ -268,8 +267,6 @@ def _is_given(option: str) -> bool:
 @click.option("--quality", default=90, type=click.IntRange(1, 100), help="JPEG quality, 1 to 100.")
 @click.option("--encoding", default="jpeg", type=click.Choice(list(ENDINGS)),
               help="jpeg, or raw: 192 KiB of pixels for each image, which need no decoding.")  # fmt: skip
-@click.option("--device", default="cpu", type=click.Choice(["cpu", "gpu"]),
-              help="Where images are decoded and encoded; the two differ in the last bits.")  # fmt: skip
 @click.option("--engine", default="local", type=click.Choice(["local", "ray"]), help="Where workers run.")
 @click.option("--ray-address", envvar="RAY_ADDRESS", show_envvar=True, metavar="ADDRESS",
               help="Cluster of --engine ray; auto: this machine's. Without it Ray is started here.")  # fmt: skip
@@ -290,7 +287,6 @@ def shard(
     seed: int,
     quality: int,
     encoding: "Encoding",
-    device: "Device",
     engine: str,
     ray_address: str | None,
     part: "Part | None",
@@ -323,7 +319,6 @@ def shard(
         seed=seed,
         quality=quality,
         encoding=encoding,
-        device=device,
         engine=engine,
         ray_address=ray_address,
         part=part,

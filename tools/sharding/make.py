@@ -18,7 +18,6 @@ from typing import Any
 from pipeline.common.console import Progress, note
 from pipeline.common.errors import UserError
 from pipeline.manifest import IMAGE_SIZE_PX, MANIFEST, SCHEMA, SPLITS, Manifest
-from tools.sharding.hostcodec import Encoding
 from tools.sharding.lock import Lock, Part, refuse_held
 from tools.sharding.output import (
     FAILURES_FILE,
@@ -38,8 +37,7 @@ from tools.sharding.output import (
     release,
     remove_temporaries,
 )
-from tools.sharding.plan import RAW_QUALITY, Options, Plan
-from tools.sharding.preparer import Device
+from tools.sharding.plan import RAW_QUALITY, Encoding, Options, Plan
 from tools.sharding.store import Store, open_store
 from tools.sharding.workers import count_cpus, run_units, run_units_on_ray
 from tools.sharding.write import Setup, Tick, write_unit
@@ -87,10 +85,7 @@ class Engine:
     def run(self, setup: Setup, units: Any, **callbacks: Any) -> None:
         function = partial(write_unit, setup)
         if self.name == "ray":
-            on_gpu = setup.options.device == "gpu"
-            run_units_on_ray(
-                function, units, num_tasks=self.num_workers, address=self.ray_address, on_gpu=on_gpu, **callbacks
-            )
+            run_units_on_ray(function, units, num_tasks=self.num_workers, address=self.ray_address, **callbacks)
         else:
             run_units(function, units, num_workers=self.num_workers or count_cpus(), preload=_PRELOAD, **callbacks)
 
@@ -104,7 +99,6 @@ def make_shards(
     seed: int = 0,
     quality: int = 90,
     encoding: Encoding = "jpeg",
-    device: Device = "cpu",
     max_failures: str = "0.1%",
     force: bool = False,
     part: Part | None = None,
@@ -122,7 +116,7 @@ def make_shards(
     """
     start_s = time.monotonic()
     quality = RAW_QUALITY if encoding == "raw" else quality
-    plan = Plan(source, Options(seed, samples_per_shard, quality, encoding, device))
+    plan = Plan(source, Options(seed, samples_per_shard, quality, encoding))
     run = _Run(plan, open_store(out), part, force, max_failures, start_s)
     refuse_held(run.store, run.store.list(), plan.job, part)
     if not (done := run.inspect()):

@@ -183,12 +183,11 @@ def run_units_on_ray(
     *,
     num_tasks: int | None,
     address: str | None,
-    on_gpu: bool = False,
     on_result: Callable[[Result], None],
     on_progress: Callable[[Update], None],
 ) -> None:
-    """Call `function(unit, report)` for each unit in a Ray task, `num_tasks` at a time (None: one per CPU, or per GPU
-    with `on_gpu`, of the cluster).
+    """Call `function(unit, report)` for each unit in a Ray task, `num_tasks` at a time (None: one per CPU of the
+    cluster).
 
     `address` is that of a running cluster ("auto": the one this machine belongs to); None starts Ray on this machine
     for this call. Callbacks are called here; an exception out of them, of a unit, or a signal is raised, and all tasks
@@ -198,12 +197,10 @@ def run_units_on_ray(
     first = next(remaining, None)
     if first is None:
         return
-    with _connect(address, num_tasks, on_gpu) as ray, _hold_signals() as heed_signals:
-        kind = "GPU" if on_gpu else "CPU"
-        num_tasks = num_tasks or max(1, int(ray.cluster_resources().get(kind, 1)))
+    with _connect(address, num_tasks) as ray, _hold_signals() as heed_signals:
+        num_tasks = num_tasks or max(1, int(ray.cluster_resources().get("CPU", 1)))
         mailbox = ray.remote(_Mailbox).options(num_cpus=0).remote()
-        options = {"num_cpus": 1, "num_gpus": int(on_gpu), "max_retries": 0}
-        task = ray.remote(_work_on_ray).options(**options)
+        task = ray.remote(_work_on_ray).options(num_cpus=1, max_retries=0)
         shared, folder = ray.put(function), Path.cwd()
         at_work: dict[Any, Unit] = {}
 
@@ -315,7 +312,7 @@ def _hold_signals() -> Iterator[Callable[[], None]]:
 
 
 @contextlib.contextmanager
-def _connect(address: str | None, num_tasks: int | None, on_gpu: bool) -> Iterator[Any]:
+def _connect(address: str | None, num_tasks: int | None) -> Iterator[Any]:
     """The module `ray`, connected. It neither reports to its makers nor greets, and leaves our signals alone."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # or it warns of a changed default
