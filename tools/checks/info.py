@@ -7,7 +7,6 @@ any of it is true (verify.py).
 """
 
 import os
-import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -23,8 +22,9 @@ from pipeline.common.errors import UserError
 from pipeline.common.files import read_json
 from pipeline.manifest import CLS_DIGITS, ENDINGS, MANIFEST, SPLITS, Shard, index_header
 from pipeline.shards import ShardSet
-from tools.sharding.lock import Holder, is_lock
+from tools.sharding.lock import find_holders
 from tools.sharding.output import FAILURES_FILE, JOB_FILE
+from tools.sharding.store import FolderStore
 
 _ROW_WORDS = 8  # of an index: ext offset size name, of the image and of the label
 
@@ -207,15 +207,7 @@ def _describe_unfinished(root: Path) -> dict[str, Any]:
 
 def list_holders(root: Path) -> list[dict[str, Any]]:
     """Who holds the folder, or died holding it: the locks of jobs that write to it."""
-    holders = []
-    for path in sorted(path for path in root.iterdir() if is_lock(path.name)):
-        try:
-            holder, age_s = Holder.parse(path.read_bytes()), time.time() - path.stat().st_mtime
-        except FileNotFoundError:
-            continue  # let go of meanwhile
-        if holder:
-            holders.append({"holder": str(holder), "is_alive": not holder.is_dead(age_s)})
-    return holders
+    return [{"holder": each.words, "is_alive": each.is_alive} for each in find_holders(FolderStore(root))]
 
 
 def _read_record(path: Path) -> dict[str, Any]:

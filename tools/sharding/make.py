@@ -8,7 +8,7 @@ manifest, which comes last, from whoever finds all shards finished. Left out: th
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
@@ -18,7 +18,7 @@ from typing import Any
 from pipeline.common.console import Progress, note
 from pipeline.common.errors import UserError
 from pipeline.manifest import IMAGE_SIZE_PX, MANIFEST, SCHEMA, SPLITS, Manifest
-from tools.sharding.lock import Lock, Part, refuse_held
+from tools.sharding.lock import Part, lock_store, refuse_held
 from tools.sharding.output import (
     FAILURES_FILE,
     Failure,
@@ -118,12 +118,12 @@ def make_shards(
     quality = RAW_QUALITY if encoding == "raw" else quality
     plan = Plan(source, Options(seed, samples_per_shard, quality, encoding))
     run = _Run(plan, open_store(out), part, force, max_failures, start_s)
-    refuse_held(run.store, run.store.list(), plan.job, part)
+    refuse_held(run.store, plan.job, part)
     if not (done := run.inspect()):
         run.check_room(num_workers or count_cpus())
-        with Lock(run.store, plan.job, part) as lock:
+        with lock_store(run.store, plan.job, part) as check_lock:
             # Looked at again: whoever held the lock until now may have finished it.
-            done = run.inspect() or run.make(Engine(engine, num_workers, ray_address), lock)
+            done = run.inspect() or run.make(Engine(engine, num_workers, ray_address), check_lock)
     return done
 
 
@@ -162,7 +162,7 @@ class _Run:
             open_bytes=min(num_workers, len(redone)) * largest * image_bytes,
         )
 
-    def make(self, engine: Engine, lock: Lock) -> Summary:
+    def make(self, engine: Engine, check_lock: Callable[[], None]) -> Summary:
         """Write what is missing of this part and, if it was the last, complete the output."""
         store, plan = self.store, self.plan
         items, files = store.list(), plan.share(self.part)
@@ -182,16 +182,16 @@ class _Run:
             with Progress("shard", num_left, "images") as progress:
 
                 def show(tick: Tick) -> None:
-                    lock.check()
+                    check_lock()
                     failures.extend(tick.failures)
                     self._refuse_failures(failures)
                     progress.advance(tick.num_images, failures=str(len(failures)))
 
                 setup = Setup(store, plan.job, plan.options, plan.source.read)
-                engine.run(setup, plan.units(left), on_result=lambda _: lock.check(), on_progress=show)
+                engine.run(setup, plan.units(left), on_result=lambda _: check_lock(), on_progress=show)
         finally:
             remove_temporaries(store)
-        lock.check()
+        check_lock()
         return self._finish(len(kept), num_left)
 
     def _finish(self, num_kept: int, num_prepared: int) -> Summary:
