@@ -28,6 +28,8 @@ from tools.sharding.store import BucketStore, FolderStore, Store
 
 REFRESH_S = 15.0
 LAPSE_S = 180.0
+CLOSING_S = 5.0  # until the kernel has closed the files of a process that was killed
+POLL_S = 0.02
 _LOCK_FILE = re.compile(r"\.lock(-[0-9]+-of-[0-9]+|-[0-9a-f]{16})?")  # the last: of before, whose jobs have ended
 _NUM_SHOWN = 400
 
@@ -96,10 +98,11 @@ def _read(store: Store, name: str, modified_s: float) -> Holder:
     words = "process {} on {host!r} since {started}{} ({command})".format(
         pid, f" for --part {part}" if part else "", **texts
     )
-    if isinstance(store, FolderStore):
-        return Holder(name, job, part, words, is_held)
+    runs = machine == machine_id() and is_running(pid, ticks)
+    if isinstance(store, FolderStore):  # for a moment longer than its process lives, a file is held
+        return Holder(name, job, part, words, is_held and (runs or machine != machine_id()))
     if machine == machine_id():
-        return Holder(name, job, part, words, is_running(pid, ticks))
+        return Holder(name, job, part, words, runs)
     silent_s = max(store.tell_time_s() - modified_s, 0)
     words += f"; last heard of {silent_s:.0f} s ago, and taken for dead after {LAPSE_S:.0f} s"
     return Holder(name, job, part, words, silent_s <= LAPSE_S)
@@ -138,7 +141,7 @@ def lock_store(store: Store, job: str, part: Part | None) -> Iterator[Callable[[
         if isinstance(store, BucketStore):
             store.delete(dead.lock)
         else:  # by whom holds it, so that it is nobody's who came meanwhile
-            with contextlib.suppress(BlockingIOError), _hold_file(store.root / dead.lock, b""):
+            with contextlib.suppress(BlockingIOError), _hold_file(store.root / dead.lock, b"", wait_s=CLOSING_S):
                 pass
     name = f".lock-{part.number}-of-{part.count}" if part else ".lock"
     me = {
@@ -176,8 +179,9 @@ def lock_store(store: Store, job: str, part: Part | None) -> Iterator[Callable[[
 
 
 @contextlib.contextmanager
-def _hold_file(path: Path, data: bytes) -> Iterator[Callable[[], bool]]:
-    """Gives whether the lock is lost. Raises BlockingIOError if somebody holds it."""
+def _hold_file(path: Path, data: bytes, *, wait_s: float = 0.0) -> Iterator[Callable[[], bool]]:
+    """Gives whether the lock is lost. Raises BlockingIOError if somebody holds it, after `wait_s` still."""
+    deadline_s = time.monotonic() + wait_s
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:
         with path.open("a+b", buffering=0) as file:
@@ -192,7 +196,10 @@ def _hold_file(path: Path, data: bytes) -> Iterator[Callable[[], bool]]:
                 file.truncate(0)
                 file.write(data)
             except BlockingIOError:
-                raise
+                if time.monotonic() >= deadline_s:
+                    raise
+                time.sleep(POLL_S)
+                continue
             except OSError as error:
                 raise UserError(f"{path.parent}: cannot be locked ({error.strerror}); choose another --out") from error
             try:
