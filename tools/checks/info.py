@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -19,8 +18,9 @@ from pipeline.common.files import read_json
 from pipeline.manifest import CLS_DIGITS, ENDINGS, MANIFEST, SPLITS
 from pipeline.shards import Index, ShardSet
 from tools.checks.shards import open_index, peek_record
-from tools.sharding.lock import Holder, is_lock
+from tools.sharding.lock import find_holders
 from tools.sharding.output import FAILURES_FILE, JOB_FILE
+from tools.sharding.store import FolderStore
 
 _Samples = tuple[NDArray[np.int64], Index]  # of a split, in stored order: the number of the shard of each; the index
 
@@ -171,15 +171,7 @@ def _describe_unfinished(root: Path) -> dict[str, Any]:
 
 def list_holders(root: Path) -> list[dict[str, Any]]:
     """Who holds the folder, or died holding it: the locks of jobs that write to it."""
-    holders = []
-    for path in sorted(path for path in root.iterdir() if is_lock(path.name)):
-        try:
-            holder, age_s = Holder.parse(path.read_bytes()), time.time() - path.stat().st_mtime
-        except FileNotFoundError:
-            continue  # let go of meanwhile
-        if holder:
-            holders.append({"holder": str(holder), "is_alive": not holder.is_dead(age_s)})
-    return holders
+    return [{"holder": each.words, "is_alive": each.is_alive} for each in find_holders(FolderStore(root))]
 
 
 def _count_lines(path: Path) -> int:

@@ -1,8 +1,7 @@
 """What a job makes: which images go into which shard in which order, and the fingerprint that names it all.
 
-The decision that shaped it: the plan is a function of the source's listing and the options, nothing else, so that every
-worker, machine and repetition has the same one, and a part of a job is every so-manieth shard of it. Left out: making
-the shards (shardwriter.py) and what is already there (outfolder.py).
+The plan follows from the source's listing and the options alone, so that every worker, machine and repetition has the
+same one.
 """
 
 import hashlib

@@ -6,7 +6,6 @@ last: it marks the unit as complete.
 """
 
 import hashlib
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import PurePath
@@ -17,9 +16,10 @@ import simplejpeg
 from pipeline.common.errors import UserError
 from pipeline.images.decode import BadImage, Pixels
 from pipeline.images.resize import read_square
-from pipeline.manifest import CLS_DIGITS, ENDINGS, KEY_DIGITS, Shard, index_header
-from tools.sharding.output import JOB_FILE, Failure, Written, find_job
+from pipeline.manifest import CLS_DIGITS, ENDINGS, KEY_DIGITS, index_header
+from tools.sharding.output import JOB_FILE, Failure, Written, encode_json, find_job
 from tools.sharding.plan import Encoding, Options, Unit
+from tools.sharding.record import Record
 from tools.sharding.store import Store
 from tools.sources.source import Entry
 
@@ -89,22 +89,25 @@ def write_unit(setup: Setup, unit: Unit, report: Callable[[Tick], None]) -> Writ
             _check_wanted(setup, unit)
         index = "\n".join([index_header(len(content.rows)), *content.rows, ""]).encode("ascii")
         store.write(name.with_suffix(".idx").name, index)
-        shard = Shard(unit.file, unit.split, len(content.rows), hashed.num_bytes, hashed.digest.hexdigest())
-        record = {
-            **asdict(shard),
-            "idx_sha256": hashlib.sha256(index).hexdigest(),
-            "job": setup.job,
-            "device": DEVICE,
-            "sources": content.sources,
-            "repaired": content.repaired,
-            "failures": [failure._asdict() for failure in content.failures],
-        }
-        store.write(name.with_suffix(".json").name, (json.dumps(record, indent=1) + "\n").encode())
+        record = Record(
+            file=unit.file,
+            split=unit.split,
+            samples=len(content.rows),
+            bytes=hashed.num_bytes,
+            sha256=hashed.digest.hexdigest(),
+            idx_sha256=hashlib.sha256(index).hexdigest(),
+            job=setup.job,
+            device=DEVICE,
+            sources=content.sources,
+            repaired=content.repaired,
+            failures=[failure._asdict() for failure in content.failures],
+        )
+        store.write(name.with_suffix(".json").name, encode_json(asdict(record)))
     except OSError as error:
         if error.filename is not None or error.errno is None:
             raise
         raise OSError(error.errno, error.strerror, store.locate(unit.file)) from error
-    return Written(shard, tuple(content.failures), len(content.repaired))
+    return Written.of(record)
 
 
 def _check_wanted(setup: Setup, unit: Unit) -> None:
@@ -126,9 +129,10 @@ def _write_samples(setup: Setup, unit: Unit, file: _HashingFile, report: Callabl
             batch = slice(start, start + REPORT_EVERY)
             num_failures = len(content.failures)
             for position, entry in zip(unit.positions[batch], unit.entries[batch], strict=True):
-                image = _prepare(setup, entry)
-                if isinstance(image, Failure):
-                    content.failures.append(image)
+                try:
+                    image = _prepare(setup, entry)
+                except BadImage as error:
+                    content.failures.append(Failure(entry.path, error.reason, error.exception))
                     continue
                 key = f"{position:0{KEY_DIGITS}d}"
                 row = []
@@ -144,15 +148,13 @@ def _write_samples(setup: Setup, unit: Unit, file: _HashingFile, report: Callabl
     return content
 
 
-def _prepare(setup: Setup, entry: Entry) -> Prepared | Failure:
+def _prepare(setup: Setup, entry: Entry) -> Prepared:
+    """Raises BadImage, for an image that cannot be read too."""
     try:
         data = setup.read(entry)
     except OSError as error:
-        return Failure(entry.path, error.strerror or str(error), type(error).__name__)
-    try:
-        return prepare(data, encoding=setup.options.encoding, quality=setup.options.quality)
-    except BadImage as error:
-        return Failure(entry.path, error.reason, error.exception)
+        raise BadImage(error.strerror or str(error), type(error).__name__) from error
+    return prepare(data, encoding=setup.options.encoding, quality=setup.options.quality)
 
 
 def prepare(data: bytes, *, encoding: Encoding, quality: int) -> Prepared:

@@ -27,7 +27,7 @@ from tests.tools.checks.verifying import (
     shard,
 )
 from tools.checks.verify import REMEDIES, verify
-from tools.sharding.lock import Lock
+from tools.sharding.lock import lock_store
 from tools.sharding.store import open_store
 
 # Fixtures; imported by name they would be taken for variables that each test redefines.
@@ -103,7 +103,7 @@ def test_that_sources_cannot_be_held_against_the_job_is_said(synth_tree, tmp_pat
 
 
 def test_a_lock_is_told_and_no_problem(folder, tree):
-    with Lock(open_store(folder), "job", None):
+    with lock_store(open_store(folder), "job", None):
         (remark,) = check(folder).remarks
         assert remark.startswith(f"in use by process {os.getpid()} on ") and check(folder).problems == ()
 
