@@ -194,14 +194,13 @@ _LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 
-def override(recipe: Recipe, settings: Iterable[str] = (), **given: Any) -> Recipe:
-    """The recipe with every value `given` that is not None; then with each setting "field=value", read as the field's
-    type wants it: true/false, numbers, names, "none" for no value.
+def override(recipe: Recipe, settings: Iterable[str]) -> Recipe:
+    """The recipe with each "field=value" applied, typed by the field: true/false, numbers, names, "none" for no value.
 
     Tuples are written with commas, their pairs with a colon: `lr_milestones=25,51` `conv1_lr_events=67:1e-5,72:0`.
     Raises UserError for a setting without "=", an unknown field, or a value that does not fit its field.
     """
-    changes = {field: value for field, value in given.items() if value is not None}
+    changes: dict[str, Any] = {}
     for setting in settings:
         field, equals, text = (part.strip() for part in setting.partition("="))
         if not equals:

@@ -256,10 +256,3 @@ def test_from_dict_names_what_does_not_fit(values: dict[str, Any], message: str)
     with pytest.raises(UserError) as caught:
         from_dict(values)
     assert message in str(caught.value)
-
-
-def test_values_from_flags_come_before_settings_and_count_only_where_given() -> None:
-    assert override(PAPER, lr=None, epochs=None) == PAPER
-    assert override(PAPER, ["lr=0.5"], lr=0.25, epochs=3) == replace(PAPER, lr=0.5, epochs=3)
-    with pytest.raises(UserError, match="recipe field lr: got -1"):
-        override(PAPER, lr=-1.0)

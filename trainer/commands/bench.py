@@ -69,7 +69,8 @@ def command(
     With step, data are synthetic and on the device already. train says what to change.
     Rates alternate in rounds; medians and spread are printed. Several GPUs: the sum over ranks.
     """
-    recipe = override(RECIPES[recipe_name], settings, global_batch_size=global_batch_size)
+    changes = [f"global_batch_size={global_batch_size}"] if global_batch_size else []
+    recipe = override(RECIPES[recipe_name], [*changes, *settings])
     folder = shards if what == "step" else shards or "shards"
     opened = _open_shards(folder) if folder else None
     from pipeline.options import LoaderOptions
@@ -79,8 +80,7 @@ def command(
 
     num_ranks, use_gpu = choose_devices(num_gpus)
     world_size = count_ranks(num_ranks)
-    is_given = global_batch_size is not None or any("global_batch_size" in setting for setting in settings)
-    if opened and what != "step" and not is_given:
+    if opened and what != "step" and not any("global_batch_size" in change for change in [*changes, *settings]):
         fitted = fit_batch(recipe, opened.num_samples("train"), world_size)
         if fitted != recipe:
             console.note(

@@ -106,6 +106,8 @@ def _train(
     console.set_voice(voice)
     from trainer.record.runs import read_whole_config
 
+    given = {"epochs": epochs, "global_batch_size": global_batch_size, "lr": lr}
+    changes = [f"{field}={value}" for field, value in given.items() if value is not None] + list(settings)
     folder, weights_path, weights = None, None, None
     config: dict[str, Any] = {}
     if restart_epoch and not resume:
@@ -124,7 +126,7 @@ def _train(
         if weights_text:
             weights_path, weights = _read_weights(runs, weights_text)
             recipe = RECIPES[recipe_name] if recipe_name else weights.recipe
-    recipe = override(recipe, settings, epochs=epochs, global_batch_size=global_batch_size, lr=lr)
+    recipe = override(recipe, changes)
     if resume == AUTO and (folder := find_begun(runs, name or recipe.name)):
         config = read_whole_config(folder)
         check_same(folder, config, recipe, seed or 0, weights_path is not None)
