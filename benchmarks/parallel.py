@@ -9,6 +9,7 @@ device.
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -25,14 +26,13 @@ from trainer.config import MODES, Mode, Parallel
 from trainer.data import exchange_pixels
 from trainer.distributed import Ranks, gather, join
 from trainer.launch import launch
-from trainer.model import AlexNet
+from trainer.model import shapes_of
 from trainer.parallel import Traffic, count_traffic
 from trainer.recipe import RECIPES, Recipe
 from trainer.step import Learner
 
 NUM_CLASSES = 1000
 KINDS = ("parameters", "activations", "input")
-CONV3_SIDE_PX = 13  # of conv3's input, in every recipe
 SHIFT_BYTES = 12  # of an image's colour shift, sent with its pixels
 
 
@@ -43,23 +43,20 @@ def predict_traffic(
 
     Buckets of gradients are not known here: their number stands as one.
     """
-    with torch.device("meta"):
-        net = AlexNet(recipe, num_classes)
-    sizes = {name: weight.numel() for name, weight in net.named_parameters()}
+    shapes = shapes_of(recipe, num_classes)
     batch, others = recipe.global_batch_size, world_size - 1
     share = others / world_size
     traffic = Traffic()
     if mode != "columns":
-        averaged = sum(size for name, size in sizes.items() if mode == "data" or name.startswith("conv"))
+        averaged = sum(s.num_parameters for name, s in shapes.items() if mode == "data" or name.startswith("conv"))
         traffic.add("parameters", 2 * share * averaged * gradient_bytes)
     if mode == "data":
         return traffic
-    inputs = [net.fc6.in_features, net.fc7.in_features]
     if mode == "columns":
-        inputs.append(net.conv3.in_channels * CONV3_SIDE_PX**2)
         traffic.add("input", others * batch / world_size * CROP_SIZE_PX**2 * 3)
         traffic.add("input", others * batch / world_size * SHIFT_BYTES)
-    for size in inputs:  # gathered going forward; the gradient is summed and scattered going back
+    for layer in ("conv3", "fc6", "fc7") if mode == "columns" else ("fc6", "fc7"):
+        size = math.prod(shapes[layer].taken)  # gathered going forward; the gradient is summed and scattered going back
         traffic.add("activations", share * batch * size * activation_bytes)
         traffic.add("activations", share * batch * size * activation_bytes)
     for _ in range(2):  # fc8's outputs and their gradient, in float32

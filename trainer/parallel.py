@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from pipeline.common.errors import UserError
 from trainer.config import Mode, Parallel
 from trainer.distributed import Ranks
-from trainer.model import AlexNet
+from trainer.model import AlexNet, shapes_of
 from trainer.recipe import Recipe
 
 Kind = Literal["parameters", "activations", "input"]
@@ -163,17 +163,12 @@ def check(mode: Mode, recipe: Recipe, world_size: int) -> None:
                 "use --parallel data or hybrid"
             )
     if mode == "hybrid":
-        units = _count_units(recipe)
+        (units,) = shapes_of(recipe)["fc6"].given
         if units % world_size:
             raise UserError(
                 f"--parallel hybrid: {units} units of fc6 and fc7 cannot be divided among {world_size} ranks; "
                 "use a number that divides them, or --parallel data"
             )
-
-
-def _count_units(recipe: Recipe) -> int:
-    with torch.device("meta"):
-        return AlexNet(recipe, 1).fc6.out_features
 
 
 class Split:

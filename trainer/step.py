@@ -1,8 +1,4 @@
-"""What learns: the network, its update rule and its schedule, on this rank.
-
-The decision that shaped it: one object is what the training loop and every measurement of a step use, so that what is
-timed is what trains. Left out: data (feed.py), epochs and records (train.py).
-"""
+"""One training step on this rank: network, update rule and rates, for the training loop and for every measurement."""
 
 import time
 from collections.abc import Callable

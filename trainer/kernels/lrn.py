@@ -1,10 +1,7 @@
 """Local response normalisation: across maps (paper, section 3.3) and, in the released source, across space too.
 
-The decision that shaped it: it is bound by memory, so that whatever is done to a value is done while it is near: the
-ReLU before it is taken along, forward and backward are one pass each, and nothing is kept but the input. Three ways to
-the same numbers: native.c on the CPU, lrn_triton.py on a GPU, and torch's operations, a block at a time, everywhere
-else. Left out: second derivatives.
-
+It is bound by memory, so the ReLU before it is part of it, and nothing is kept for the backward pass but the input.
+Three ways to the same numbers: native.c on the CPU, lrn_triton.py on a GPU, torch's operations everywhere else.
 P = Krizhevsky, Sutskever & Hinton, NIPS 2012, with the section; S = the 2012 source released in 2025, net 145.
 """
 
@@ -75,21 +72,24 @@ class _LocalResponseNorm(torch.autograd.Function):
         rows = rows.contiguous()
         ctx.save_for_backward(rows)
         ctx.norm = norm
-        if rows.is_cuda and (kernels := load_triton()) and kernels.can_normalise(rows, norm):
-            return kernels.lrn_forward(rows, norm)
-        if Native.can_normalise(rows, norm) and (native := load_native()):
-            return native.lrn_forward(rows, norm)
-        return _forward_in_blocks(rows, norm)
+        kernels = _find_kernels(rows, norm)
+        return kernels.lrn_forward(rows, norm) if kernels else _forward_in_blocks(rows, norm)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         (rows,), norm, gradient = ctx.saved_tensors, ctx.norm, gradient.contiguous()
-        if rows.is_cuda and (kernels := load_triton()) and kernels.can_normalise(rows, norm):
-            return kernels.lrn_backward(rows, gradient, norm), None
-        if Native.can_normalise(rows, norm) and (native := load_native()):
-            return native.lrn_backward(rows, gradient, norm), None
-        return _backward_in_blocks(rows, gradient, norm), None
+        kernels = _find_kernels(rows, norm)
+        backward = kernels.lrn_backward if kernels else _backward_in_blocks
+        return backward(rows, gradient, norm), None
+
+
+def _find_kernels(rows: Tensor, norm: Norm) -> Any:
+    """What has lrn_forward and lrn_backward for rows and constants like these; None: torch's operations do it."""
+    if rows.is_cuda:
+        triton = load_triton()
+        return triton if triton and triton.can_normalise(rows, norm) else None
+    return load_native() if Native.can_normalise(rows, norm) else None
 
 
 @cache

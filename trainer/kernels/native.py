@@ -1,4 +1,4 @@
-"""native.c, compiled for this machine's processor: ReLU with LRN on the CPU; and what freed memory is used for."""
+"""native.c, compiled for this machine's processor: ReLU with LRN on the CPU; and how the process keeps freed memory."""
 
 import ctypes
 from functools import cache
