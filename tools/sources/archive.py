@@ -47,10 +47,8 @@ class OpenFile:
         return data
 
 
-@lru_cache(maxsize=MAX_OPEN_FILES)
-def keep_open(path: str) -> OpenFile:
-    """The file for reading entries; a scan opens its own, since a file may have been replaced since it was kept."""
-    return OpenFile(path)
+# For reading entries. A scan opens its own: a file may have been replaced since it was kept.
+keep_open = lru_cache(maxsize=MAX_OPEN_FILES)(OpenFile)
 
 
 @dataclass(frozen=True)
@@ -103,6 +101,8 @@ def scan_tar(path: Path, start: int = 0, size: int | None = None, *, name: str =
                                 "again without --sparse")  # fmt: skip
             if member.size < 0 or not member.pax_headers.get("size", "0").isdecimal():
                 raise UserError(f"{where}: damaged: {shown} has no readable size; fetch it again")
+            if not member.name and not member.isdir():
+                raise UserError(f"{where}: damaged: no readable name at byte {at}; fetch it again")
             if member.isreg() and member.offset_data + member.size > file.end:
                 raise UserError(f"{where}: truncated: {shown} needs {member.size} bytes, and the tar ends at byte "
                                 f"{file.end}; fetch it again")  # fmt: skip

@@ -119,7 +119,7 @@ def list_images(folder: str | Path) -> tuple[list[str], list[str]]:
 
 
 def _is_image(item: os.DirEntry[str]) -> bool:
-    if item.name.startswith(".") or not item.name.lower().endswith(IMAGE_ENDINGS):
+    if not item.name.lower().endswith(IMAGE_ENDINGS):
         return False
     # A broken link counts as an image: reading it fails, so it ends in the failure list and not in silence.
     return _leads_to(item.is_file) or (item.is_symlink() and not os.path.exists(item.path))  # noqa: PTH110

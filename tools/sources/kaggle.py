@@ -86,15 +86,14 @@ def read_solution(path: Path) -> dict[str, str]:
             if header[:2] != ["ImageId", "PredictionString"]:
                 raise UserError(f"{path}: begins with {header!r}, expected ImageId,PredictionString; fetch it again")
             for row in rows:
+                where = f"{path}, line {rows.line_num}"
                 words = row[1].split() if len(row) == 2 else []
                 if not words or not re.fullmatch(r"[^\s/]+", words[0]) or len(set(words[0::5])) != 1:
-                    raise UserError(
-                        f"{path}, line {rows.line_num}: {','.join(row)!r}, expected an image id and one wnid with boxes"
-                    )
+                    raise UserError(f"{where}: {','.join(row)!r}, expected an image id and one wnid with boxes")
                 if wnids.setdefault(row[0], words[0]) != words[0]:
                     raise UserError(
-                        f"{path}, line {rows.line_num}: {row[0]!r} is {words[0]!r} here and {wnids[row[0]]!r} before, "
-                        "expected one class; fetch it again"
+                        f"{where}: {row[0]!r} is {words[0]!r} here and {wnids[row[0]]!r} before, expected one class; "
+                        "fetch it again"
                     )
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path}: not a CSV file in UTF-8 ({error}); fetch it again") from error

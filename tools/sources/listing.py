@@ -5,6 +5,7 @@ import re
 import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -89,8 +90,8 @@ def find_wnid(name: str, base_name: str) -> str | None:
     return before[1] if before else None
 
 
-def refuse_lookalikes(listing: Listing) -> None:
-    """Raises UserError for two classes whose names differ in how accents are written alone (macOS writes two marks)."""
+def _refuse_lookalikes(listing: Listing) -> None:
+    """Two classes whose names differ in how accents are written alone: macOS writes two marks."""
     seen: dict[str, str] = {}
     for name in listing.labels:
         other = seen.setdefault(unicodedata.normalize("NFC", name), name)
@@ -101,9 +102,10 @@ def refuse_lookalikes(listing: Listing) -> None:
             )
 
 
-def find_contradictions(listing: Listing) -> str:
+def check_names(listing: Listing) -> str:
     """A remark on what is said twice, and differently: images whose names tell another wnid than their class, classes
-    called as another one is; "" where nothing is."""
+    called as another one is; "" where nothing is. Raises UserError for classes whose names look alike."""
+    _refuse_lookalikes(listing)
     names, table, odd = listing.names, load_ilsvrc2012(), []
     expected = {label: name for label, name in enumerate(names) if _WNID.fullmatch(name)}
     if listing.told:  # a class that is called by its number or name should still be one wnid, and no other's
@@ -114,9 +116,9 @@ def find_contradictions(listing: Listing) -> str:
             if (other := first.setdefault(wnid, label)) != label:
                 odd.append(f"{wnid} is {names[other]!r} and {names[label]!r}")
     else:
-        for entry in (*listing.train, *listing.val):
+        for entry in chain(listing.train, listing.val):
             name = entry.base_name
-            if (said := find_wnid(name, name)) and entry.label in expected:
+            if not name.startswith(expected.get(entry.label, "")) and (said := find_wnid(name, name)):
                 listing.tell(entry.label, said, entry.path)
     for (label, wnid), (count, example) in sorted(listing.told.items()):
         if wnid != expected[label]:

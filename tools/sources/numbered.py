@@ -74,15 +74,16 @@ def sort_by_split(root: Path, files: Iterable[str]) -> tuple[dict[str, list[str]
 def find_missing(files: Iterable[str]) -> list[str]:
     """Files, without their endings, that the numbers in the others' names tell of: of 00000-of-00003 those of the three
     that are not there, of 0000, 0002 the one between. Numbers that are mostly gaps (years, wnids) tell of none."""
-    rows: dict[tuple[str, ...], dict[int, str]] = {}
+    rows: dict[tuple[str, str, bool], dict[int, str]] = {}
     for file in files:
-        match = _OF_A_TOTAL.match(file) or _IN_A_ROW.fullmatch(file)
+        of_a_total = _OF_A_TOTAL.match(file)
+        match = of_a_total or _IN_A_ROW.fullmatch(file)
         if match and int(match[2]) <= _MAX_NUMBER:
-            rows.setdefault((match[1], match[3], match.re.pattern), {})[int(match[2])] = match[2]
+            rows.setdefault((match[1], match[3], bool(of_a_total)), {})[int(match[2])] = match[2]
     is_from_0 = any(0 in row for row in rows.values())
     missing = []
-    for (head, last, pattern), row in rows.items():
-        if has_total := pattern == _OF_A_TOTAL.pattern:
+    for (head, last, has_total), row in rows.items():
+        if has_total:
             total = min(int(last), _MAX_NUMBER)
             wanted = range(total) if 0 in row or total not in row else range(1, total + 1)
         else:

@@ -49,7 +49,7 @@ def _add_train(listing: Listing) -> None:
     path = listing.root / TRAIN
     tars: dict[str, tarfile.TarInfo] = {}
     for member in scan_tar(path):
-        wnid = _base_name(member.name).removesuffix(".tar")
+        wnid = member.name.rpartition("/")[2].removesuffix(".tar")
         if not member.isreg() or not member.name.endswith(".tar") or not wnid:
             raise UserError(
                 f"{path}: holds {member.name!r}, expected a tar of tars, one per class, such as 'n01440764.tar'"
@@ -76,7 +76,7 @@ def _list_images(path: Path, inner: tarfile.TarInfo | None = None) -> dict[str, 
     images: dict[str, tuple[int, int]] = {}
     odd, twice = [], []
     for member in scan_tar(path, inner.offset_data, inner.size, name=inner.name) if inner else scan_tar(path):
-        base = _base_name(member.name)
+        base = member.name.rpartition("/")[2]
         if not member.isreg() or not base:
             odd.append(member.name)
         if base in images:
@@ -179,7 +179,3 @@ def read_truth(data: bytes, where: str, wnids: dict[int, str]) -> list[int]:
     if not ids:
         raise UserError(f"{where}: is empty, expected a line per validation image; fetch it again")
     return ids
-
-
-def _base_name(name: str) -> str:
-    return name.rpartition("/")[2]

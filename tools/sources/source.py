@@ -10,24 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.common.errors import UserError
-from pipeline.images.imagenet import IMAGE_ENDINGS, load_ilsvrc2012
+from pipeline.images.imagenet import load_ilsvrc2012
 from pipeline.manifest import SPLITS, ClassEntry
 from tools.sources import LAYOUTS, folder, kaggle, official, parquet, webdataset
 from tools.sources.archive import keep_open
 from tools.sources.folder import list_names
-from tools.sources.listing import (
-    Entry,
-    Listing,
-    find_contradictions,
-    name_some,
-    pick_classes,
-    put_in_order,
-    refuse_lookalikes,
-    take_share,
-)
+from tools.sources.listing import Entry, Listing, check_names, name_some, pick_classes, put_in_order, take_share
 from tools.sources.numbered import check_complete
 
-__all__ = ["IMAGE_ENDINGS", "Entry", "Source", "open_source"]
+__all__ = ["Entry", "Source", "open_source"]
 
 _MODULES = dict(zip(LAYOUTS, (folder, kaggle, official, parquet, webdataset), strict=True))
 _MAX_FOLDERS_DOWN = 32  # in a folder with more in it, we do not go looking
@@ -77,8 +68,7 @@ def open_source(
     try:
         listing: Listing = module.scan(at)
         found = f"{listing.layout} layout found in {at}" if at != Path(path) else ""
-        refuse_lookalikes(listing)
-        odd = find_contradictions(listing)
+        odd = check_names(listing)
         listing.remarks = [remark for remark in (found, missing, odd, *listing.remarks) if remark]
         return _make_source(listing, at, val_fraction, seed, None if subset is None else Path(subset))
     finally:

@@ -145,6 +145,12 @@ def make_pax_size(path: Path) -> None:
     path.write_bytes(info.tobuf() + b"12 size=1x2\n".ljust(512, b"\0") + build_tar([("a", b"x" * 9)]))
 
 
+def make_no_name(path: Path) -> None:
+    info = tarfile.TarInfo("././@LongLink")
+    info.type, info.size = tarfile.GNUTYPE_LONGNAME, 9
+    path.write_bytes(info.tobuf() + bytes(512) + build_tar([("a", b"x")]))
+
+
 def make_chain(path: Path) -> None:
     info = tarfile.TarInfo("././@LongLink")
     info.type, info.size = tarfile.GNUTYPE_LONGNAME, 9
@@ -171,6 +177,7 @@ def make_bad_pax(path: Path) -> None:
         (make_bad_size, "no tar, expected a tar header at byte 0"),
         (make_negative_size, "damaged: 'a' .header at byte 0. has no readable size"),
         (make_pax_size, "damaged: 'a' .header at byte 0. has no readable size"),
+        (make_no_name, "damaged: no readable name at byte 0"),
         (make_chain, "no tar, expected a tar header at byte 0 .maximum recursion depth exceeded"),
         (make_bad_pax, "no tar, expected a tar header at byte 0 .invalid header."),
     ],
