@@ -24,7 +24,7 @@ from pipeline.common.console import explain_os_error, leave_closed_terminal, sho
 from pipeline.common.errors import UserError
 from pipeline.manifest import KEY_DIGITS
 from trainer.config import LOG_STEPS
-from trainer.distributed import Ranks, gather, is_first_to, reduce_sum, under_launcher
+from trainer.distributed import Ranks, gather, is_first_to, list_signals, reduce_sum, under_launcher
 from trainer.record.runs import CHECKPOINTS
 
 NONFINITE = "nonfinite.jsonl"  # in a run's folder
@@ -322,12 +322,6 @@ def explain(tried: int, fitting: int | None, world_size: int, *, is_measured: bo
         return f"{what}; no batch would fit here: see with nvidia-smi who holds its memory, or use --set width=0.5"
     how = "two smaller steps were measured" if is_measured else "half of it, not measured"
     return f"{what}; --global-batch-size {fitting * world_size} would fit ({how})"
-
-
-def list_signals() -> list[signal.Signals]:
-    """The signals by which this process is told to stop."""
-    is_ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-    return [signal.SIGINT, signal.SIGTERM, *([] if is_ignored else [signal.SIGHUP])]
 
 
 class StopRequest:
