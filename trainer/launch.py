@@ -1,6 +1,5 @@
 """Start ranks on this machine or under Slurm, and end them all when one dies."""
 
-import itertools
 import math
 import multiprocessing
 import os
@@ -45,7 +44,8 @@ def launch(function: Callable[..., int], arguments: tuple[Any, ...], num_ranks: 
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     resource_tracker.ensure_running()  # multiprocessing's helper, which has to outlive the terminal
     signal.signal(signal.SIGHUP, before)
-    for restarts in itertools.count():
+    restarts = 0
+    while True:
         os.environ[RESTART] = str(restarts)
         status, rank, received = _launch_once(function, arguments, num_ranks)
         if received and (status in _STOPPED or 128 - status in _STOPPED):  # or too early to save
@@ -58,8 +58,8 @@ def launch(function: Callable[..., int], arguments: tuple[Any, ...], num_ranks: 
             if told:
                 return STATUS_FAILED
             raise UserError(f"{what}; the last checkpoint is kept: go on with --resume, or start with --max-restarts N")
-        warn(f"{what}: restart {restarts + 1} of {max_restarts}, from the last checkpoint")
-    raise AssertionError
+        restarts += 1
+        warn(f"{what}: restart {restarts} of {max_restarts}, from the last checkpoint")
 
 
 def _launch_once(function: Callable[..., int], arguments: tuple[Any, ...], num_ranks: int) -> tuple[int, int, int]:
@@ -98,8 +98,8 @@ def _watch(ranks: list[Any], received: list[int]) -> tuple[int, int]:
     by force in the end: a rank that waits in a GPU's kernel for another hears no signal but SIGKILL."""
     first: tuple[int, int] | None = None
     end_s, is_told = math.inf, False
-    while alive := [rank for rank in ranks if rank.is_alive()]:
-        connection.wait([rank.sentinel for rank in alive], _POLL_S)
+    while True:
+        alive = [rank for rank in ranks if rank.is_alive()]
         failed = [(rank.exitcode, number) for number, rank in enumerate(ranks) if (rank.exitcode or 0) not in _STOPPED]
         if received and not is_told:
             is_told, end_s = True, min(end_s, time.monotonic() + SAVE_S)
@@ -112,7 +112,9 @@ def _watch(ranks: list[Any], received: list[int]) -> tuple[int, int]:
         if time.monotonic() > end_s:
             for rank in alive:
                 rank.kill()
-    return first or (max(rank.exitcode for rank in ranks), 0)
+        if not alive:
+            return first or (max(rank.exitcode for rank in ranks), 0)
+        connection.wait([rank.sentinel for rank in alive], _POLL_S)
 
 
 def _terminate(ranks: list[Any]) -> None:
