@@ -18,16 +18,14 @@ _PROGRAM_TIMEOUT_S = 10.0
 
 def environment() -> dict[str, Any]:
     """What the run ran on and with, for environment.json: versions, hardware, commit, command, time. No host name."""
-    import torch
-
     gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
     driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if gpus else None
     source = Path(__file__).resolve().parents[1]
-    describe = ("git", "-C", str(source), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+    git = ("git", "-C", str(source), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join(sys.argv),
-        "git_commit": _output(*describe) if (source / ".git").exists() else None,
+        "git_commit": _output(*git) if (source / ".git").exists() else None,
         "python": platform.python_version(),
         "alexnet_dali": _version("alexnet-dali"),
         "torch": torch.__version__,
