@@ -285,9 +285,8 @@ class Saver:
 
     def prepare(self, state: Mapping[str, Any]) -> None:
         """Take the memory for copies of `state` now, at the start, where nobody waits for it."""
-        if self._ranks.is_first:
+        if self._ranks.is_first and not self._is_writing():  # from that memory
             self._snapshot.take(state)
-            self._snapshot.wait()
 
     def is_due(self) -> bool:
         """Whether it is time for a save between epochs' ends; only the first rank knows."""

@@ -162,12 +162,9 @@ def _tell(error: Exception) -> int:
         return STATUS_PEER_LOST
     if not is_first_to(FAILURE):
         return STATUS_FAILED if isinstance(error, UserError) else STATUS_CRASHED
-    if isinstance(error, UserError):
-        warn(f"error: rank {rank}: {error}")
-        return STATUS_FAILED
-    if isinstance(error, OSError):
-        warn(f"error: rank {rank}: {explain_os_error(error)}")
-        return STATUS_CRASHED
+    if isinstance(error, UserError | OSError):
+        warn(f"error: rank {rank}: {error if isinstance(error, UserError) else explain_os_error(error)}")
+        return STATUS_FAILED if isinstance(error, UserError) else STATUS_CRASHED
     warn("".join(traceback.format_exception(error)).rstrip())
     warn(f"error: rank {rank} failed: {type(error).__name__}: {' '.join(str(error).split())}")
     return STATUS_CRASHED

@@ -93,15 +93,10 @@ class Run:
         streams = choose_streams(job.seed, saved, ranks)
         torch.manual_seed(streams.dropout)
         self.feed = TrainFeed(
-            self.shards,
-            self.colors,
-            recipe,
-            ranks,
-            seed=streams.feed,
-            epoch=int(saved["epoch"]) if saved else 1,
-            options=job.loader,
+            self.shards, self.colors, recipe, ranks,
+            seed=streams.feed, epoch=int(saved["epoch"]) if saved else 1, options=job.loader,
             whole=self.learner.split.mode == "columns",
-        )
+        )  # fmt: skip
         self.eval_loader = (
             make_eval_loader(self.shards, self.colors, recipe, ranks, "centre", job.loader) if has_val else None
         )
@@ -120,21 +115,12 @@ class Run:
             open_board=open_board and (lambda run: open_board(run, self.shards, self.colors, recipe, after_step)),
         )  # fmt: skip
         self.saver = Saver(
-            self.logger.folder / CHECKPOINTS,
-            ranks,
-            keep=job.safety.keep_checkpoints,
-            minutes=job.safety.checkpoint_minutes,
-            before=self.logger.sync,
-            tell=self._tell_unsaved,
-            alive=lambda: self.watchdog.beat("a piece of a checkpoint"),
-        )
-        self.guard = LossGuard(
-            ranks,
-            self.logger.folder,
-            job.safety.on_nonfinite,
-            list(self.learner.model.parameters()),
-            saved.get("skipped", 0) if saved else 0,
-        )
+            self.logger.folder / CHECKPOINTS, ranks,
+            keep=job.safety.keep_checkpoints, minutes=job.safety.checkpoint_minutes, before=self.logger.sync,
+            tell=self._tell_unsaved, alive=lambda: self.watchdog.beat("a piece of a checkpoint"),
+        )  # fmt: skip
+        skipped, parameters = saved.get("skipped", 0) if saved else 0, list(self.learner.model.parameters())
+        self.guard = LossGuard(ranks, self.logger.folder, job.safety.on_nonfinite, parameters, skipped)
         self.stuck = StuckLoss(self.shards.num_classes, len(self.feed))
 
     def train(self) -> int:
@@ -144,7 +130,7 @@ class Run:
         progress = Progress(recipe.epochs, len(self.feed), steps_done=self.step, best_error=self.best_error)
         stopped, status = "", 0
         with choose_display(self.job.voice if self.ranks.is_first else "quiet", progress) as display:
-            logger.show(display)
+            logger.display = display
             self.watchdog.beat("the start")
             while not self.learner.schedule.finished(self.epoch - 1):
                 status = self._train_epoch() or self._end_epoch()
@@ -182,7 +168,7 @@ class Run:
             self._step(batch)
             if self.step == self.first_step:  # now there is a velocity
                 self.saver.prepare(self.learner.state_dict())
-            self.logger.stepped(self.epoch, in_epoch)
+            self.logger.display.step(self.epoch, in_epoch)
             num_images += len(batch.labels) * self.ranks.world_size
             if in_epoch % LOG_STEPS == 0 or in_epoch == num_steps:
                 self.saver.check()
@@ -232,14 +218,9 @@ class Run:
         """The record of the last `num_steps` steps. Raises UserError if their loss is not finite."""
         lr = self.learner.schedule.lr
         self.logger.train(
-            errors,
-            step=self.step,
-            epoch=self.epoch,
-            lr=lr,
-            images_per_s=images_per_s,
-            data_wait_fraction=data_wait_fraction,
-            time_s=self.time_s,
-        )
+            errors, step=self.step, epoch=self.epoch, lr=lr, images_per_s=images_per_s,
+            data_wait_fraction=data_wait_fraction, time_s=self.time_s,
+        )  # fmt: skip
         if not math.isfinite(errors.loss) and not self.guard.asks:
             self.guard.stop(errors.loss)
         said = self.stuck.watch(errors.loss, num_steps, lr)
@@ -277,7 +258,7 @@ class Run:
     def _evaluate(self) -> Errors:
         """The errors on the validation images. Raises _Stopped if a signal comes."""
         assert self.eval_loader is not None
-        self.logger.evaluating(self.epoch)
+        self.logger.display.evaluating(self.epoch)
         model, dtype = self.learner.whole_model(), self.learner.dtype
 
         def go_on() -> None:

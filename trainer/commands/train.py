@@ -95,8 +95,8 @@ def _train(
     console.set_voice(voice)
     from trainer.record.runs import find_run, read_whole_config, resolve_run
 
-    asked = {"epochs": epochs, "global_batch_size": global_batch_size, "lr": lr}
-    given: dict[str, Any] = {field: value for field, value in asked.items() if value is not None}
+    of_recipe = {"epochs": epochs, "global_batch_size": global_batch_size, "lr": lr}
+    given: dict[str, Any] = {field: value for field, value in of_recipe.items() if value is not None}
 
     def change(recipe: Recipe) -> Recipe:
         return override(replace(recipe, **given), settings)
@@ -147,7 +147,7 @@ def _train(
     num_ranks, use_gpu = choose_devices(num_gpus)
     world_size = count_ranks(num_ranks)
     check_divisible(recipe, world_size)
-    asked_parallel = {"mode": flags["parallel"], "gradients": flags["gradients"], "bucket_mib": flags["bucket_mib"]}
+    asked = {"mode": flags["parallel"], "gradients": flags["gradients"], "bucket_mib": flags["bucket_mib"]}
     job = Job(
         shards=shards,
         runs=runs,
@@ -160,12 +160,7 @@ def _train(
         cache_dir=cache_dir,
         loader=LoaderOptions(**loader),
         parallel=choose_parallel(
-            recipe,
-            opened.num_classes,
-            world_size,
-            use_gpu=use_gpu,
-            asked=asked_parallel,
-            saved=config.get("parallel", {}),
+            recipe, opened.num_classes, world_size, use_gpu=use_gpu, asked=asked, saved=config.get("parallel", {})
         ),
         restart_epoch=restart_epoch,
         voice=voice,

@@ -41,7 +41,7 @@ class Board(Protocol):
 
 
 class Logger:
-    """Of one run: `folder`, known on every rank."""
+    """Of one run: `folder`, known on every rank; `display`, where progress is shown."""
 
     def __init__(
         self,
@@ -65,7 +65,7 @@ class Logger:
         self._log: MetricsLog | None = None
         self._lock: BinaryIO | None = None
         self._board: Board | None = None
-        self._display = TrainDisplay(Progress(1, 1))
+        self.display = TrainDisplay(Progress(1, 1))
         self._summary, self._device, self._voice, self._is_full = "", ranks.device, voice, False
         folder = resume or Path()
         if ranks.is_first:
@@ -81,10 +81,6 @@ class Logger:
         self.folder: Path = gather(folder, ranks)[0]
         if open_board and ranks.is_first:
             self._show(lambda _: None, open_board)
-
-    def show(self, display: TrainDisplay) -> None:
-        """Where to show progress from now on."""
-        self._display = display
 
     def say(self, text: str) -> None:
         """A remark for whoever watches."""
@@ -105,10 +101,6 @@ class Logger:
         elif said:
             warn(said)
 
-    def stepped(self, epoch: int, in_epoch: int) -> None:
-        """So many steps of the epoch are done."""
-        self._display.step(epoch, in_epoch)
-
     def train(self, got: Errors, **record: Any) -> None:
         """Log training since the record before: `got` over those steps, the other fields of a TrainRecord."""
         if not self._log:
@@ -121,22 +113,18 @@ class Logger:
                 record["gpu_utilisation"] = load.utilisation
         self._write(self._log.train, **record)
         self._show(lambda board: board.train(record))
-        now = self._display.record(record)
+        now = self.display.record(record)
         self._summary = (
             f"training loss {now.loss:.3f}, top-1 {now.top1_error:.2f} %, {now.mean_images_per_s:,.0f} images/s, "
             f"waiting for data {100 * now.data_wait_fraction:.0f} %"
         )
-
-    def evaluating(self, epoch: int) -> None:
-        """The evaluation after the epoch begins."""
-        self._display.evaluating(epoch)
 
     def eval(self, errors: Errors, step: int, epoch: int) -> None:
         """Log an evaluation."""
         if self._log:
             self._write(self._log.eval, step=step, epoch=epoch, crops="centre", **asdict(errors))
         self._show(lambda board: board.eval({"step": step, **asdict(errors)}))
-        self._display.evaluated(errors.top1_error)
+        self.display.evaluated(errors.top1_error)
 
     def look(self, model: AlexNet, dtype: torch.dtype, step: int) -> None:
         """At the whole net, as it was evaluated; it is left in evaluation mode."""
@@ -149,7 +137,7 @@ class Logger:
 
     def epoch_done(self, epoch: int, result: str) -> None:
         """The epoch is over: its line."""
-        self._display.epoch_done(epoch, result + self._summary)
+        self.display.epoch_done(epoch, result + self._summary)
 
     def sync(self) -> None:
         """To be called before a checkpoint is saved."""
