@@ -135,6 +135,7 @@ def _run_child(rank: int, world_size: int, port: int, function: Callable[..., in
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
         TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT="0",  # the store is the launcher's
     )  # fmt: skip
+    os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")  # as torchrun has it
     take_streams()
     status = flush_results(run_as_rank(function, *arguments))
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # nothing is left to stop

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from pipeline.colors import ColorStats
-from pipeline.common.console import set_voice, warn
+from pipeline.common.console import note, set_voice, warn
 from pipeline.common.errors import UserError
 from pipeline.loader import Batch
 from pipeline.shards import ShardSet
@@ -20,13 +20,13 @@ from trainer.config import LOG_STEPS, Job
 from trainer.data import TrainFeed
 from trainer.distributed import Ranks, check_alike, gather, join, launch_id, reduce_sum, restart_count
 from trainer.evaluate import Errors, count_errors, evaluate, make_eval_loader
-from trainer.kernels.native import load_native
 from trainer.model import AlexNet
 from trainer.nets.finetune import Start, start_from
 from trainer.nets.formats import load_any
 from trainer.nets.weights import list_classes
 from trainer.parallel import check as check_parallel
 from trainer.recipe import Recipe, to_dict
+from trainer.record.environment import find_changes, list_arithmetic
 from trainer.record.logger import Board, Logger
 from trainer.record.progress import Progress, choose_display
 from trainer.record.runs import BEST, CHECKPOINTS
@@ -47,6 +47,7 @@ def run_rank(job: Job, open_board: OpenBoard | None = None) -> int:
         StopRequest(ranks) as stop,
         Watchdog(ranks, timeout_s) as watchdog,
     ):
+        set_voice(job.voice if ranks.is_first else "quiet")
         run = Run(job, ranks, stop, watchdog, open_board)
         try:
             return run.train()
@@ -83,7 +84,7 @@ class Run:
         check_alike(list_settings(job, self.shards, self.colors, saved), ranks)
         if saved:
             check_resumable(saved, folder, self.shards, ranks)
-            changes = find_changes(saved.get("arithmetic", {}), ranks)
+            changes = find_changes(saved.get("arithmetic", {}), ranks.device)
             if changes and ranks.is_first:
                 warn(f"warning: {folder}: from here on not to the same bits ({changes})")
 
@@ -142,7 +143,7 @@ class Run:
             self.saver.finish()
         if not stopped:
             which = "alexnet-eval {0}, alexnet-report {0}" if self.eval_loader else "alexnet-report {0}"
-            logger.say(f"complete after epoch {self.epoch - 1}; next: {which.format(logger.folder)}")
+            note(f"complete after epoch {self.epoch - 1}; next: {which.format(logger.folder)}")
         logger.end(status, self.step, stopped)
         return status
 
@@ -293,7 +294,7 @@ class Run:
             "best_error": self.best_error,
             "skipped": self.guard.skipped,
             "is_best": BEST in names,
-            "arithmetic": list_arithmetic(self.ranks),
+            "arithmetic": list_arithmetic(self.ranks.device),
             "ranks": places,
         }
         self.saver.begin(state, self.step, names)
@@ -328,8 +329,8 @@ class Run:
         precision = "bfloat16 autocast" if self.learner.dtype == torch.bfloat16 else "float32"
         mode = f", {self.learner.split.mode}" if ranks.world_size > 1 else ""
         if self.start:
-            logger.say(self.start.describe())
-        logger.say(
+            note(self.start.describe())
+        note(
             f"{logger.folder}: recipe {recipe.name}, {ranks.world_size} x {ranks.device.type}, {precision}{mode}, "
             f"{num_steps} steps of {recipe.global_batch_size} images an epoch"
         )
@@ -338,7 +339,7 @@ class Run:
             global_batch_size=recipe.global_batch_size, world_size=ranks.world_size, device=ranks.device.type,
         )  # fmt: skip
         if restart_count():
-            logger.say(f"restart {restart_count()}: goes on after step {self.step}")
+            note(f"restart {restart_count()}: goes on after step {self.step}")
             logger.event("restart", step=self.step, number=restart_count())
 
     def _tell_unsaved(self, step: int, what: str, kept: str) -> None:
@@ -377,22 +378,3 @@ def list_settings(job: Job, shards: ShardSet, colors: ColorStats, saved: State |
         **{f"--{name.replace('_', '-')}": str(value) for name, value in asdict(job.safety).items()},
         "the step to resume from": str(saved["step"]) if saved else "0",
     }
-
-
-def list_arithmetic(ranks: Ranks) -> dict[str, str]:
-    """What the last bits of a step depend on besides weights, samples and draws; of a GPU nothing, whose bits vary."""
-    if ranks.device.type == "cuda":
-        return {}
-    return {
-        "torch": str(torch.__version__),
-        "threads": str(torch.get_num_threads()),
-        "instructions": torch.backends.cpu.get_cpu_capability(),
-        "LRN": "torch's operations" if load_native() is None else "compiled C",
-    }
-
-
-def find_changes(before: dict[str, str], ranks: Ranks) -> str:
-    """How the arithmetic of a resumed run differs from `before`, in words; empty if it does not."""
-    now = list_arithmetic(ranks)
-    changed = [name for name in now if name in before and before[name] != now[name]]
-    return ", ".join(f"{name}: {before[name]} before, {now[name]} now" for name in changed)

@@ -79,7 +79,12 @@ def choose_loader(**given: Any) -> dict[str, Any]:
     """Fields of pipeline.LoaderOptions from those flags that were given."""
     from pipeline.options import LoaderOptions
 
-    return {field.name: given[field.name] for field in fields(LoaderOptions) if given.get(field.name) is not None}
+    return _known(LoaderOptions, given)
+
+
+def _known(kind: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """Those of the dataclass's fields that were given."""
+    return {field.name: given[field.name] for field in fields(kind) if given.get(field.name) is not None}
 
 
 def add_rank_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -193,9 +198,7 @@ def choose_safety(saved: dict[str, Any], **given: Any) -> "Safety":
     """What was asked for, else what the run to resume had, else the default."""
     from trainer.config import Safety
 
-    names = [field.name for field in fields(Safety)]
-    asked = {name: given[name] for name in names if given.get(name) is not None}
-    return Safety(**{name: value for name, value in saved.items() if name in names} | asked)
+    return Safety(**_known(Safety, saved) | _known(Safety, given))
 
 
 def find_begun(runs: Path, name: str) -> Path | None:

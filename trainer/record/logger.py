@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, Protocol
 import torch
 
 from pipeline.colors import ColorStats
-from pipeline.common.console import Voice, explain_os_error, note, print_line, warn
+from pipeline.common.console import Voice, explain_os_error, print_line, warn
 from pipeline.common.files import write_json
 from trainer.distributed import Ranks, gather
 from trainer.evaluate import Errors
@@ -81,11 +81,6 @@ class Logger:
         self.folder: Path = gather(folder, ranks)[0]
         if open_board and ranks.is_first:
             self._show(lambda _: None, open_board)
-
-    def say(self, text: str) -> None:
-        """A remark for whoever watches."""
-        if self._log:
-            note(text)
 
     def announce(self, **facts: Any) -> None:
         """Tell a reader of JSON lines what run this is."""
