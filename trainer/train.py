@@ -30,8 +30,8 @@ from trainer.record.environment import find_changes, list_arithmetic
 from trainer.record.logger import Board, Logger
 from trainer.record.progress import Progress, choose_display
 from trainer.record.runs import BEST, CHECKPOINTS
-from trainer.safety import GpuMeter, LossGuard, StopRequest, StuckLoss, Watchdog
-from trainer.step import Learner
+from trainer.safety import LossGuard, StopRequest, StuckLoss, Watchdog
+from trainer.step import Learner, explain_out_of_memory
 
 # The TensorBoard of a run: its folder, shards, colours and recipe; if it is resumed, the step of its checkpoint.
 OpenBoard = Callable[[Path, ShardSet, ColorStats, Recipe, int | None], Board]
@@ -196,10 +196,9 @@ class Run:
         guard.begin(self.step, self.feed.keys, epoch=self.epoch, lr=self.learner.schedule.lr)
         try:
             logits = self.learner.step(batch.images, batch.labels, guard.may_update if guard.asks else None)
-        except torch.OutOfMemoryError:
-            logits = None  # outside of this clause, which holds on to what the step has made
-        if logits is None:
-            raise UserError(self.learner.explain_out_of_memory(batch.images, batch.labels, GpuMeter()))
+        except torch.OutOfMemoryError as error:
+            said = explain_out_of_memory(error, self.job.recipe.global_batch_size, self.ranks.world_size)
+            raise UserError(said) from error
         if guard.has_skipped:  # neither learnt from nor counted
             self.logger.event("nonfinite_skipped", step=self.step, epoch=self.epoch, total=guard.skipped)
             return

@@ -32,7 +32,7 @@ def make_state(value: float) -> dict:
     weights = torch.full((3, 4, 2, 2), value).to(memory_format=torch.channels_last)
     return {
         "model": {"conv1.weight": weights, "conv1.bias": torch.full((3,), value)},
-        "optimizer": {"state": {0: {"velocity": torch.full((3,), -value)}}, "param_groups": [{"lr": 0.1}]},
+        "optimizer": {"state": {0: {"momentum_buffer": torch.full((3,), -value)}}, "param_groups": [{"lr": 0.1}]},
         "ranks": [{"sums": torch.zeros(4, dtype=torch.float64), "loader": {"step": 3}}],
         "step": int(value),
     }

@@ -13,8 +13,7 @@ from pipeline.common.errors import UserError
 from trainer.recipe import Recipe, from_dict
 
 if TYPE_CHECKING:
-    from trainer.config import Safety
-    from trainer.parallel import Parallel
+    from trainer.config import Parallel, Safety
 
 
 SETTINGS = {"help_option_names": ["-h", "--help"], "show_default": True}
@@ -89,10 +88,9 @@ def _known(kind: Any, given: dict[str, Any]) -> dict[str, Any]:
 
 def add_rank_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """All None unless given, so that a resumed run keeps its own."""
-    parallel = click.option("--parallel", type=click.Choice(["auto", "data", "columns", "hybrid"]), show_default="data",
+    parallel = click.option("--parallel", type=click.Choice(["data", "columns", "hybrid"]), show_default="data",
                             help="data: each GPU a share of the batch; columns: the paper's two towers; hybrid: "
-                                 "convolutions by batch, the rest by unit; auto: what a model of the link says is "
-                                 "fastest.")  # fmt: skip
+                                 "convolutions by batch, the rest by unit.")  # fmt: skip
     gradients = click.option("--gradients", type=click.Choice(["float32", "bf16"]), show_default="float32",
                              help="How gradients are sent where they are averaged; bf16: half the bytes.")  # fmt: skip
     bucket = click.option("--bucket-mib", type=click.FloatRange(min=0, min_open=True), show_default="25",
@@ -141,39 +139,24 @@ def check_divisible(recipe: Recipe, world_size: int) -> None:
         )
 
 
-def choose_parallel(
-    recipe: Recipe,
-    num_classes: int,
-    world_size: int,
-    *,
-    use_gpu: bool,
-    asked: dict[str, Any],
-    saved: dict[str, Any],
-) -> "Parallel":
-    """What was asked for, else what the run to resume had, else the default; "auto" becomes a mode, and says why.
+def choose_parallel(recipe: Recipe, world_size: int, *, asked: dict[str, Any], saved: dict[str, Any]) -> "Parallel":
+    """What was asked for, else what the run to resume had, else the default.
 
     A saved mode that this number of ranks does not allow becomes data, and says so. Raises UserError for one asked for.
     """
-    from pipeline.common.errors import UserError
-    from trainer.interconnect import CPU, Device, choose, find_link
-    from trainer.parallel import Parallel, check
+    from trainer.config import Parallel
+    from trainer.parallel import check
 
     wanted = {**saved, **{name: value for name, value in asked.items() if value is not None}}
-    says = os.environ.get("RANK", "0") == "0"
     if world_size == 1:
         return Parallel(**{**wanted, "mode": "data"})
-    if wanted.get("mode") == "auto":
-        device = Device() if use_gpu else CPU
-        wanted["mode"], why = choose(recipe, num_classes, world_size, find_link(use_gpu, world_size), device)
-        if says:
-            console.note(why)
     parallel = Parallel(**wanted)
     try:
         check(parallel.mode, recipe, world_size)
     except UserError as error:
         if asked.get("mode") is not None or parallel.mode == "data":
             raise
-        if says:
+        if os.environ.get("RANK", "0") == "0":
             console.note(f"the run had --parallel {parallel.mode}, this one has data ({error})")
         parallel = Parallel(**{**wanted, "mode": "data"})
     return parallel

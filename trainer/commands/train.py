@@ -159,9 +159,7 @@ def _train(
         weights=weights_path,
         cache_dir=cache_dir,
         loader=LoaderOptions(**loader),
-        parallel=choose_parallel(
-            recipe, opened.num_classes, world_size, use_gpu=use_gpu, asked=asked, saved=config.get("parallel", {})
-        ),
+        parallel=choose_parallel(recipe, world_size, asked=asked, saved=config.get("parallel", {})),
         restart_epoch=restart_epoch,
         voice=voice,
         or_new=resume == AUTO,
