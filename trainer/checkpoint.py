@@ -10,7 +10,7 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple, NotRequired, TypedDict, cast
 
@@ -382,21 +382,17 @@ class Saver:
 
 
 def _check_finite(state: dict[str, Any], step: int) -> None:
-    for part in ("model", "optimizer"):
-        for tensor in _tensors(state.get(part)):
-            if tensor.is_floating_point() and tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
-                raise UserError(
-                    f"after step {step} the {part}'s numbers are not finite, so no checkpoint is made of them; the one "
-                    "before is kept: go on from it with --resume, or begin anew with a lower --lr"
-                )
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _tensors(item)
+    slots = state["optimizer"]["state"].values()
+    parts = {"model": [*state["model"].values()], "optimizer": [value for slot in slots for value in slot.values()]}
+    for part, values in parts.items():
+        numbers = [
+            value for value in values if isinstance(value, Tensor) and value.is_floating_point() and value.numel()
+        ]
+        if not all(torch.stack(value.aminmax()).isfinite().all() for value in numbers):
+            raise UserError(
+                f"after step {step} the {part}'s numbers are not finite, so no checkpoint is made of them; the one "
+                "before is kept: go on from it with --resume, or begin anew with a lower --lr"
+            )
 
 
 class Streams(NamedTuple):
@@ -415,11 +411,8 @@ def find_resumed(job: "Job", ranks: Ranks) -> Path | None:
 
 def find_launched(runs: Path, launch: str | None) -> Path | None:
     """The run that the launch of this name has made, if it came that far."""
-    if launch is None or not runs.is_dir():
-        return None
-    made = [path for path in runs.iterdir() if (path / CONFIG).is_file()]
-    made.sort(key=lambda path: (path / CONFIG).stat().st_mtime, reverse=True)
-    return next((path for path in made if read_config(path).get("launch_id") == launch), None)
+    made = sorted(runs.glob(f"*/{CONFIG}"), key=lambda path: path.stat().st_mtime, reverse=True) if launch else []
+    return next((path.parent for path in made if read_config(path.parent).get("launch_id") == launch), None)
 
 
 def load_resumed(job: "Job", folder: Path | None, warn: Callable[[str], None]) -> State | None:
