@@ -50,7 +50,7 @@ def measure(folder: Path, num_saves: int, batch: int, width: float) -> dict[str,
     def step() -> float:
         return time_s(lambda: learner.step(images, labels), device)
 
-    def fail(number: int, what: str) -> None:
+    def fail(number: int, what: str, _kept: str) -> None:
         sys.exit(f"error: save {number}: {what}")
 
     saver = Saver(folder, ranks, keep=2, minutes=1e-9, before=lambda: None, tell=fail)

@@ -63,5 +63,4 @@ class Job:
     restart_epoch: bool = False
     or_new: bool = False
     voice: Voice = "words"
-    tensorboard: bool = False
     safety: Safety = Safety()

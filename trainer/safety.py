@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any, Literal
 
 import torch
@@ -24,7 +24,7 @@ from pipeline.common.console import explain_os_error, leave_closed_terminal, sho
 from pipeline.common.errors import UserError
 from pipeline.manifest import KEY_DIGITS
 from trainer.config import LOG_STEPS
-from trainer.distributed import Ranks, gather, is_first_to, reduce_sum, under_launcher
+from trainer.distributed import Ranks, gather, is_first_to, list_signals, reduce_sum, under_launcher
 from trainer.record.runs import CHECKPOINTS
 
 NONFINITE = "nonfinite.jsonl"  # in a run's folder
@@ -134,12 +134,15 @@ _STDERR = 2
 START_S = 1800.0  # the least that a start may take: other machines may still be downloading shards
 _ANSWER_S = 1.0  # for another process to write its stacks, or for the ranks' store to say who is first
 _LEAVE_S = 5.0  # a rank that is not the first to find it lets that one speak
+_STATES = {"R": "running", "S": "sleeping", "D": "waiting for a disk", "T": "stopped", "Z": "ended"}
 
 
 class Watchdog:
     """`with Watchdog(ranks, timeout_s) as watchdog: ... watchdog.beat("step 5")`. Every rank makes one alike.
 
-    From the first beat on, nothing may take longer than `timeout_s`; until then, START_S if that is longer.
+    From the first beat on, nothing may take longer than `timeout_s`; until then, START_S if that is longer. A process
+    that was frozen (Ctrl-Z) has not hung: time is counted in ticks. faulthandler's timer, which is less kind, ends a
+    process in which not even these ticks come.
     """
 
     def __init__(
@@ -156,10 +159,10 @@ class Watchdog:
         self._tick_s = min(timeout_s / 10, 5.0)
         self._limit_s = max(timeout_s, START_S)
         self._idle_s, self._last_s, self._after = 0.0, clock(), "the start"
-        self._beats, self._seen = 0, 0
+        self._has_moved = False
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
-        self._peers: Sequence[tuple[int, str, int]] = ()
+        self._peers: list[tuple[int, str, int]] = []
 
     def __enter__(self) -> "Watchdog":
         faulthandler.register(signal.SIGUSR1, file=_STDERR, all_threads=True)
@@ -168,9 +171,7 @@ class Watchdog:
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._over.set()
         self._thread.join()
         faulthandler.cancel_dump_traceback_later()
@@ -178,8 +179,7 @@ class Watchdog:
 
     def beat(self, after: str) -> None:
         """Something has moved: `after` says what, in the words of "nothing has moved since ..."."""
-        self._after, self._limit_s = after, self._timeout_s
-        self._beats += 1
+        self._after, self._limit_s, self._has_moved = after, self._timeout_s, True
 
     def _watch(self) -> None:
         while not self._over.wait(self._tick_s):
@@ -191,8 +191,8 @@ class Watchdog:
         """Count the time since the tick before, one and a half ticks at the most; True once this has ended the run."""
         now_s = self._clock()
         passed_s, self._last_s = now_s - self._last_s, now_s
-        if self._beats != self._seen:
-            self._seen, self._idle_s = self._beats, 0.0
+        if self._has_moved:
+            self._has_moved, self._idle_s = False, 0.0
             return False
         self._idle_s += min(max(passed_s, 0.0), 1.5 * self._tick_s)
         if self._idle_s < self._limit_s:
@@ -244,18 +244,11 @@ def dump_stacks() -> str:
 
 def find_state(process: int) -> str:
     """What Linux says about a process: one that is stopped, or waits for a disk, shows no stacks."""
-    names = {"R": "running", "S": "sleeping", "D": "waiting for a disk", "T": "stopped", "Z": "ended"}
     try:
         letter = Path(f"/proc/{process}/stat").read_text(encoding="ascii").rpartition(")")[2].split()[0]
     except (OSError, IndexError):
         return "gone"
-    return names.get(letter, letter)
-
-
-def list_signals() -> list[signal.Signals]:
-    """The signals by which this process is told to stop."""
-    is_ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-    return [signal.SIGINT, signal.SIGTERM, *([] if is_ignored else [signal.SIGHUP])]
+    return _STATES.get(letter, letter)
 
 
 class StopRequest:
@@ -274,9 +267,7 @@ class StopRequest:
             self._previous[number] = signal.signal(number, self._receive)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 

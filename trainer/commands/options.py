@@ -1,8 +1,8 @@
-"""Flags that several commands share: shards and runs, devices, feeding, ranks, safety."""
+"""Flags that several commands share: shards and runs, devices, the loader, ranks, safety."""
 
 import os
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,35 +30,42 @@ GLOBAL_BATCH_SIZE = click.option("--global-batch-size", type=click.IntRange(min=
                                  help="Images a step, summed over ranks.")  # fmt: skip
 
 
-def add_common_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Those of every command that reads shards and runs."""
-    shards = click.option("--shards", envvar="ALEXNET_SHARDS", show_envvar=True, type=click.Path(),
-                          show_default="the run's own, else ./shards",
-                          help="Folder of shards, or its URL (s3://bucket/prefix).")  # fmt: skip
-    cache_dir = click.option("--cache-dir", envvar="ALEXNET_CACHE", show_envvar=True,
-                             type=click.Path(file_okay=False), show_default="~/.cache/alexnet-dali",
-                             help="Local folder to which shards behind a URL are downloaded.")  # fmt: skip
-    for option in (THREADS, GPUS, cache_dir, RUNS, shards, VERSION):
-        function = option(function)
-    return function
+def _group(*options: Callable[..., Any]) -> Callable[..., Any]:
+    def add(function: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return add
 
 
-def add_feed_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Where images are decoded and kept: all None unless given, so that a resumed run keeps its own."""
-    decode = click.option("--decode", type=click.Choice(["auto", "cpu", "mixed", "hybrid"]), show_default="auto",
-                          help="Decode JPEGs on the CPU's cores, on the GPU (mixed) or on both (hybrid); auto: mixed "
-                               "on a GPU.")  # fmt: skip
-    share = click.option("--host-share", type=click.FloatRange(0, 1), show_default="0.5",
-                         help="With hybrid: the share of each batch that the CPU decodes.")  # fmt: skip
-    load = click.option("--hw-decoder-load", type=click.FloatRange(0, 1), show_default="0.9",
-                        help="Of what the GPU decodes, the share of its JPEG engine.")  # fmt: skip
-    cache = click.option("--cache-gib", type=click.FloatRange(min=0), show_default="0",
-                         help="With mixed: GPU memory in which decoded images are kept, GiB.")  # fmt: skip
-    prefetch = click.option("--prefetch", "prefetch_batches", type=click.IntRange(min=1), show_default="3",
-                            help="Batches made ahead.")  # fmt: skip
-    for option in (prefetch, cache, load, share, decode):
-        function = option(function)
-    return function
+# Of every command that reads shards and runs.
+add_common_options = _group(
+    VERSION,
+    click.option("--shards", envvar="ALEXNET_SHARDS", show_envvar=True, type=click.Path(),
+                 show_default="the run's own, else ./shards",
+                 help="Folder of shards, or its URL (s3://bucket/prefix)."),
+    RUNS,
+    click.option("--cache-dir", envvar="ALEXNET_CACHE", show_envvar=True, type=click.Path(file_okay=False),
+                 show_default="~/.cache/alexnet-dali",
+                 help="Local folder to which shards behind a URL are downloaded."),
+    GPUS,
+    THREADS,
+)  # fmt: skip
+
+# Where images are decoded and kept: all None unless given, so that a resumed run keeps its own.
+add_feed_options = _group(
+    click.option("--decode", type=click.Choice(["auto", "cpu", "mixed", "hybrid"]), show_default="auto",
+                 help="Decode JPEGs on the CPU's cores, on the GPU (mixed) or on both (hybrid); auto: mixed on a GPU."),
+    click.option("--host-share", type=click.FloatRange(0, 1), show_default="0.5",
+                 help="With hybrid: the share of each batch that the CPU decodes."),
+    click.option("--hw-decoder-load", type=click.FloatRange(0, 1), show_default="0.9",
+                 help="Of what the GPU decodes, the share of its JPEG engine."),
+    click.option("--cache-gib", type=click.FloatRange(min=0), show_default="0",
+                 help="With mixed: GPU memory in which decoded images are kept, GiB."),
+    click.option("--prefetch", "prefetch_batches", type=click.IntRange(min=1), show_default="3",
+                 help="Batches made ahead."),
+)  # fmt: skip
 
 
 def read_feeding(config: dict[str, Any]) -> dict[str, Any]:
@@ -69,7 +76,14 @@ def read_feeding(config: dict[str, Any]) -> dict[str, Any]:
 
 def choose_loader(**given: Any) -> dict[str, Any]:
     """Fields of pipeline.LoaderOptions from those flags that were given."""
-    return {name: value for name, value in given.items() if value is not None}
+    from pipeline.options import LoaderOptions
+
+    return _known(LoaderOptions, given)
+
+
+def _known(kind: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """Those of the dataclass's fields that were given."""
+    return {field.name: given[field.name] for field in fields(kind) if given.get(field.name) is not None}
 
 
 def add_rank_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -150,30 +164,24 @@ def choose_parallel(recipe: Recipe, world_size: int, *, asked: dict[str, Any], s
 
 AUTO = "auto"  # of --resume
 _FREE = {"name", "epochs"}  # fields of a recipe that may change in the middle of a run
-
-
-def add_safety_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """All None unless given, so that a resumed run keeps its own."""
-    minutes = click.option("--checkpoint-minutes", type=click.FloatRange(min=0), show_default="10",
-                           help="Save after so many minutes within an epoch, too; 0: only at its end.")  # fmt: skip
-    keep = click.option("--keep-checkpoints", type=click.IntRange(min=1), show_default="3",
-                        help="How many of the last checkpoints are kept, besides the best.")  # fmt: skip
-    nonfinite = click.option("--on-nonfinite", type=click.Choice(["stop", "skip"]), show_default="stop",
-                             help="When a loss is not finite: stop, or leave that update out and count.")  # fmt: skip
-    timeout = click.option("--timeout-s", type=click.FloatRange(min=1), show_default="600",
-                           help="End, with what all threads are doing, when nothing moves for so long, s.")  # fmt: skip
-    for option in (timeout, nonfinite, keep, minutes):
-        function = option(function)
-    return function
+# All None unless given, so that a resumed run keeps its own.
+add_safety_options = _group(
+    click.option("--checkpoint-minutes", type=click.FloatRange(min=0), show_default="10",
+                 help="Save after so many minutes within an epoch, too; 0: only at its end."),
+    click.option("--keep-checkpoints", type=click.IntRange(min=1), show_default="3",
+                 help="How many of the last checkpoints are kept, besides the best."),
+    click.option("--on-nonfinite", type=click.Choice(["stop", "skip"]), show_default="stop",
+                 help="When a loss is not finite: stop, or leave that update out and count."),
+    click.option("--timeout-s", type=click.FloatRange(min=1), show_default="600",
+                 help="End, with what all threads are doing, when nothing moves for so long, s."),
+)  # fmt: skip
 
 
 def choose_safety(saved: dict[str, Any], **given: Any) -> "Safety":
     """What was asked for, else what the run to resume had, else the default."""
     from trainer.config import Safety
 
-    known = asdict(Safety())
-    kept = {name: value for name, value in saved.items() if name in known}
-    return Safety(**{**kept, **{name: value for name, value in given.items() if value is not None}})
+    return Safety(**_known(Safety, saved) | _known(Safety, given))
 
 
 def find_begun(runs: Path, name: str) -> Path | None:

@@ -1,8 +1,4 @@
-"""`alexnet-report`: flags and words.
-
-The decision that shaped it: as in cli.py, what was asked for is checked before anything heavy is imported, and runs are
-read before anything is drawn. Left out: the work (study.py, report.py, htmlreport.py).
-"""
+"""`alexnet-report`: flags and words."""
 
 from pathlib import Path
 
