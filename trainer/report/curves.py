@@ -96,7 +96,7 @@ def _draw_chart(axes: "Axes", chart: Chart, runs: Mapping[str, Sequence[Record]]
     if chart.field == "lr":
         _set_decades(axes)
     else:
-        axes.set_ylim(0, chart.top)
+        axes.set_ylim(0, chart.top or 1.05 * axes.get_ylim()[1])
 
 
 def _draw_training(axes: "Axes", chart: Chart, metrics: Sequence[Record], run: int, label: str, unit_s: float) -> None:
