@@ -96,7 +96,7 @@ def _draw_chart(axes: "Axes", chart: Chart, runs: Mapping[str, Sequence[Record]]
     if chart.field == "lr":
         _set_decades(axes)
     else:
-        axes.set_ylim(0, chart.top)
+        axes.set_ylim(0, chart.top or 1.05 * axes.get_ylim()[1])
 
 
 def _draw_training(axes: "Axes", chart: Chart, metrics: Sequence[Record], run: int, label: str, unit_s: float) -> None:
@@ -202,16 +202,13 @@ def training_error(metrics: Sequence[Record], field: str = "top1_error") -> tupl
 
     `field`: another one of the records of training, such as "loss".
     """
-    sums: dict[int, tuple[float, int]] = {}
-    before = 0
-    for record in metrics:
-        if record["kind"] == "train":
-            weight, before = record["step"] - before, record["step"]
-            if record[field] is not None:
-                total, count = sums.get(record["epoch"], (0.0, 0))
-                sums[record["epoch"]] = total + weight * record[field], count + weight
-    known = sorted((epoch, total / count) for epoch, (total, count) in sums.items() if count)
-    return np.array([e for e, _ in known], dtype=np.float64), np.array([error for _, error in known], dtype=np.float64)
+    train = [record for record in metrics if record["kind"] == "train"]
+    epochs, values = list_values(train, "epoch"), list_values(train, field)
+    weights = np.diff(list_values(train, "step"), prepend=0.0)
+    known = np.isfinite(values) & (weights > 0)
+    found = np.unique(epochs[known])
+    places = [known & (epochs == epoch) for epoch in found]
+    return found, np.array([np.average(values[place], weights=weights[place]) for place in places])
 
 
 def first_reached(epochs: Floats, errors: Floats, level: float) -> float | None:

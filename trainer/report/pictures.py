@@ -96,12 +96,11 @@ def to_svg(figure: "Figure", name: str, classes: str = "chart") -> str:
             if child.tag.endswith(("}metadata", "}style")):
                 element.remove(child)
         element.tag = element.tag.rpartition("}")[2]
-        for key in list(element.attrib):
-            element.set(key.rpartition("}")[2], element.attrib.pop(key))
-        element.set("style", re.sub("#[0-9a-f]{6}", _to_variable, element.get("style", "")))
-        element.set("d", re.sub(r"\d+\.\d{3,}", lambda number: f"{float(number[0]):.2f}", element.get("d", "")))
-        for key in [key for key, value in element.items() if not value]:
-            del element.attrib[key]
+        element.attrib = {key.rpartition("}")[2]: value for key, value in element.items()}
+        if "style" in element.attrib:
+            element.set("style", re.sub("#[0-9a-f]{6}", _to_variable, element.attrib["style"]))
+        if "d" in element.attrib:
+            element.set("d", re.sub(r"\d+\.\d{3,}", lambda number: f"{float(number[0]):.2f}", element.attrib["d"]))
         gid = element.attrib.pop("id", "") if element.tag == "g" else ""
         if gid in lines:
             element.set("class", gid)

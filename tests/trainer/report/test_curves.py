@@ -85,6 +85,15 @@ def test_nothing_to_draw_is_an_empty_chart(metrics, chart):
     assert not [path for path in svg.iter("path") if re.search("nan|inf", path.get("d", ""), re.IGNORECASE)]
 
 
+@pytest.mark.parametrize("chart", LEARNING[:3] + SPEED, ids=lambda chart: chart.field)
+def test_no_dot_is_cut_at_the_top_however_flat_a_line_is(chart):
+    flat = {"images_per_s": 52.0, "data_wait_fraction": 1.0, "top1_error": 100.0, "top5_error": 53.0, "loss": 2.3}
+    run = [train(10, 1, **flat), train(20, 2, **flat), evaluation(1, top1_error=100.0, top5_error=53.3, loss=2.3)]
+    axes = chart_figure(chart, {"a": run}).axes[0]
+    highest = max(max(line.get_ydata()) for line in axes.lines)
+    assert axes.get_ylim()[0] == 0 and highest <= axes.get_ylim()[1] / 1.015
+
+
 def test_a_value_that_stands_alone_is_a_dot():
     (group,) = groups(draw(TOP1, rates(0.1)), "smooth")
     assert len(list(group.iter("use"))) == 1
