@@ -102,6 +102,15 @@ def test_a_snappy_stream_of_fragments_that_depend_on_each_other_is_told_apart(tm
         Page(OpenFile(str(tmp_path / "x")), 0, len(stream), FRAGMENT_BYTES + 4, is_snappy=True)
 
 
+def test_a_page_that_tells_of_more_values_than_its_column_is_told_apart(tmp_path):
+    """A damaged number of values would fill the memory with them."""
+    write_values(tmp_path / "x.parquet", [b"x" * 9] * 3)
+    chunk = pq.read_metadata(tmp_path / "x.parquet").row_group(0).column(0)
+    column = Column(chunk.dictionary_page_offset, chunk.total_compressed_size, 2, 2, "SNAPPY")
+    with pytest.raises(Unlocatable, match="more values than expected"):
+        locate_values(OpenFile(str(tmp_path / "x.parquet")), column)
+
+
 def test_damage_never_leads_anywhere_but_to_a_value_or_to_a_full_reader(tmp_path):
     """Bytes flipped at random in the pages: every outcome is a list of places or Unlocatable, or OSError on reading."""
     path, draw = tmp_path / "x.parquet", random.Random(0)
