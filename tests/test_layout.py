@@ -203,3 +203,15 @@ def test_every_module_and_whatever_is_public_in_it_has_a_docstring(package):
             if not ast.get_docstring(node)
         ]
     assert bare == []
+
+
+def test_what_contributing_says_to_follow_is_in_the_files_it_names():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("\n## Follow one\n")[1].split("\n## ")[0]
+    rows = [line for line in text.splitlines() if line.startswith("| `")]
+    batch = text.split("\n\n")[2].splitlines()
+    assert len(batch) - 2 == 10 and len(rows) > 20
+    for row in rows:
+        path, *names = re.findall(r"`([^`]+)`", row)
+        source = (ROOT / path).read_text(encoding="utf-8")
+        for name in names:
+            assert re.search(rf"^ *(?:def|class) {name}\b|^{name}\b", source, re.MULTILINE), row
