@@ -222,7 +222,9 @@ def _check_python(words: list[str]) -> None:
     if not script.is_file():
         raise Misread(f"python {words[0]}: no such file")
     source = script.read_text(encoding="utf-8")
-    beside = [script.with_name(f"{name}.py") for name in re.findall(r"^(?:from|import) (\w+)", source, re.MULTILINE)]
+    imported = re.findall(r"^(?:from|import) ([\w.]+)(?: import (\w+))?", source, re.MULTILINE)
+    modules = {".".join(filter(None, names)) for module, inner in imported for names in ((module,), (module, inner))}
+    beside = [script.parent / f"{module.replace('.', '/')}.py" for module in sorted(modules)]
     source += "".join(path.read_text(encoding="utf-8") for path in beside if path.is_file())
     known = set(re.findall(r'"(--[\w-]+)"', source))
     wrong = {word.partition("=")[0] for word in words[1:] if word.startswith("--")} - known

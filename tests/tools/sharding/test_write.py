@@ -97,7 +97,7 @@ def test_a_machine_out_of_memory_is_not_the_fault_of_the_image(monkeypatch, mess
         monkeypatch.setattr(decoding.simplejpeg, "decode_jpeg_header", lambda *_a, **_o: (300, 300, "YCbCr", "420"))
         monkeypatch.setattr(decoding.simplejpeg, "decode_jpeg", fail)
     else:
-        monkeypatch.setattr(imaging, "resize", fail)
+        monkeypatch.setattr(imaging, "to_square", fail)
     with pytest.raises(MemoryError, match="memory"):
         prepare(data, encoding="jpeg", quality=90)
 
