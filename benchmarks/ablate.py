@@ -2,12 +2,9 @@
 
     python benchmarks/ablate.py SHARDS --out ablation --recipe small --epochs 8 --seeds 3
 
-Trains the recipe as it is ("base") and once more for each effect, switched off by one flag or two; evaluates the last
-checkpoint (not the best one, which would be chosen by the very images it is judged by) on every validation image, and
-makes one Markdown table and one plot of the differences to base. The decision that shaped it: a run is a run of
-alexnet-train in OUT/NAME-sSEED, and its verdicts are stored image by image beside it, so that differences are paired,
-finished runs are not made again, and one that was broken off goes on from its checkpoint. Left out: the statistics and
-the pictures (ablate_table.py).
+Trains the recipe as it is ("base") and once more for each effect, switched off by one flag or two, in OUT/NAME-sSEED. A
+finished run is not made again, a broken one goes on. Evaluates the last checkpoint (the best one would be chosen by the
+images it is judged by) and prints a table of the differences to base, paired image by image, with a plot.
 """
 
 import argparse
@@ -21,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from children import unwind_when_terminated
-from machine import describe_machine
+from harness.children import unwind_when_terminated
+from harness.machine import describe_machine
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))

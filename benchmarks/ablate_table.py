@@ -1,9 +1,8 @@
-"""The statistics, the table and the plot of ablate.py, from verdicts on the same validation images.
+"""The statistics, the table and the plot of ablate.py.
 
-The decision that shaped it: an interval covers both things that would come out differently another time: which images
-happen to be in the validation set (paired differences, image by image), and which run happens to be had (the spread
-between seeds, pooled over all variants, by Student's t). The two are added in squares, which counts what a run does to
-single images twice and so errs on the wide side. With one seed the second is not known, and the table says so.
+An interval covers which images are in the validation set (paired differences, image by image) and which run one
+happens to get (the spread between seeds, pooled over all variants, by Student's t). The two are added in squares, which
+counts what a run does to single images twice and so errs on the wide side. With one seed the second is not known.
 """
 
 import math

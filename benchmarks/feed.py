@@ -19,16 +19,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import race
-from children import Child, Failed, closing_all
-from feed_data import prepare_data
-from machine import describe_machine
+from harness import race
+from harness.children import Child, Failed, closing_all
+from harness.feed_data import prepare_data
+from harness.machine import describe_machine
+from harness.racetable import report
+from harness.rounds import Entry, Row, alternate
 from numpy.typing import NDArray
-from racetable import report
-from rounds import Entry, Row, alternate
 
 HERE = Path(__file__).resolve().parent
-SCRIPT = HERE / "peers_feed.py"
+SCRIPT = HERE / "peers" / "feed.py"
 SIZE_PX, CROP_PX, BATCH = 256, 224, 128
 LARGEST_ERROR = 4.0  # grey levels, mean over an image: another chroma filter is 1 to 3, a neighbouring crop 10 and more
 LOOK_AT_EVERY = 4  # of a batch's images

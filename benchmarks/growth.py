@@ -3,9 +3,8 @@
     python benchmarks/growth.py --json growth.json              # some minutes
     python benchmarks/growth.py --samples 1000 --classes 10 --ranks 1 --skip start,epochs --quick
 
-Every line is a process of its own. cpu_s is processor time, which other work on the machine hardly changes. The
-decision that shaped it: the time to the first step is taken in the real command, from the moment it is started. Left
-out: the shards (growth_data.py), throughput (feed.py, step.py), real ranks (`alexnet-bench`).
+Every line is measured in a process of its own; the time to the first step is that of the real command, from its start.
+cpu_s is processor time, which other work on the machine hardly changes.
 """
 
 import argparse
@@ -23,8 +22,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from growth_data import make_shards
-from machine import choose_cpus, describe_machine
+from harness.growth_data import make_shards
+from harness.machine import choose_cpus, describe_machine
 
 ROOT = Path(__file__).resolve().parent.parent
 IMAGENET, EVAL_SHARE = 1_300_000, 0.039  # 50,000 validation images to 1.28 million

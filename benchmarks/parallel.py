@@ -1,15 +1,15 @@
-"""What two or more ranks send each other in a step of each mode, how long a step takes, and what links would allow.
+"""What two or more ranks send each other in a step of each mode, and how long a step takes.
 
-    python benchmarks/parallel.py [--ranks 2 4] [--global-batch-size 128] [--width 1] [--rounds 3] [--json FILE]
+    python benchmarks/parallel.py [--ranks 2 4] [--global-batch-size 128] [--width 1] [--rounds 3] [--out FILE]
 
-The decision that shaped it: bytes are counted where collectives are issued (trainer/parallel.py), in real steps of the
-full net, and on the CPU compared with what the loopback device carried; the model of links adds to them only the
-constants that trainer/interconnect.py names. With two GPUs or more, steps are timed there and the model is not needed.
-Left out: feeding (benchmarks/feed.py); images are noise that lies on the device.
+Bytes are counted where collectives are issued (trainer/parallel.py), in real steps of the full net, compared with the
+sum over the net's shapes and, on the CPU, with what the loopback device carried. Images are noise that lies on the
+device.
 """
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,29 +20,48 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from pipeline.options import CROP_SIZE_PX
 from trainer.bench.rates import Task, Work, alternate, synchronise
+from trainer.config import MODES, Mode, Parallel
 from trainer.data import exchange_pixels
 from trainer.distributed import Ranks, gather, join
-from trainer.interconnect import (
-    LOOPBACK,
-    NETWORK,
-    NVLINK,
-    PCIE4,
-    PCIE5,
-    Device,
-    find_link,
-    predict_rate,
-    predict_traffic,
-)
 from trainer.launch import launch
-from trainer.parallel import MODES, Mode, Parallel, Traffic, count_traffic
+from trainer.model import shapes_of
+from trainer.parallel import Traffic, count_traffic
 from trainer.recipe import RECIPES, Recipe
 from trainer.step import Learner
 
 NUM_CLASSES = 1000
 KINDS = ("parameters", "activations", "input")
-ONE_GPU_IMAGES_PER_S = (2500.0, 5000.0, 10000.0)  # assumed, for the model
-BATCHES = (128, 256, 512)
+SHIFT_BYTES = 12  # of an image's colour shift, sent with its pixels
+
+
+def predict_traffic(
+    mode: Mode, recipe: Recipe, num_classes: int, world_size: int, *, activation_bytes: int = 4, gradient_bytes: int = 4
+) -> Traffic:
+    """What each rank sends in one step: bytes of ring collectives by the shapes, as count_traffic counts them.
+
+    Buckets of gradients are not known here: their number stands as one.
+    """
+    shapes = shapes_of(recipe, num_classes)
+    batch, others = recipe.global_batch_size, world_size - 1
+    share = others / world_size
+    traffic = Traffic()
+    if mode != "columns":
+        averaged = sum(s.num_parameters for name, s in shapes.items() if mode == "data" or name.startswith("conv"))
+        traffic.add("parameters", 2 * share * averaged * gradient_bytes)
+    if mode == "data":
+        return traffic
+    if mode == "columns":
+        traffic.add("input", others * batch / world_size * CROP_SIZE_PX**2 * 3)
+        traffic.add("input", others * batch / world_size * SHIFT_BYTES)
+    for layer in ("conv3", "fc6", "fc7") if mode == "columns" else ("fc6", "fc7"):
+        size = math.prod(shapes[layer].taken)  # gathered going forward; the gradient is summed and scattered going back
+        traffic.add("activations", share * batch * size * activation_bytes)
+        traffic.add("activations", share * batch * size * activation_bytes)
+    for _ in range(2):  # fc8's outputs and their gradient, in float32
+        traffic.add("activations", share * batch * num_classes * 4)
+    return traffic
 
 
 def make_step(learner: Learner, recipe: Recipe, ranks: Ranks) -> Callable[[], int]:
@@ -88,7 +107,9 @@ def measure(job: dict[str, Any]) -> int:
                 "collectives": counted[0][1],
                 "sent_bytes_of_all_ranks": sum(sum(sent.values()) for sent, _ in counted),
                 "loopback_bytes": None if job["use_gpu"] else carried,
-                "predicted": predict(mode, recipe, ranks.world_size, job["gradients"]).sent_bytes,
+                "predicted": predict_traffic(
+                    mode, recipe, NUM_CLASSES, ranks.world_size, gradient_bytes=2 if job["gradients"] == "bf16" else 4
+                ).sent_bytes,
             }
             if not job["num_rounds"]:
                 del learner, steps[mode]
@@ -114,10 +135,6 @@ def measure_rates(steps: dict[Mode, Callable[[], int]], job: dict[str, Any], ran
     return {mode: {**rate.to_json(), "ratio_to_data": rate.ratio_to(rates["data"])} for mode, rate in rates.items()}
 
 
-def predict(mode: Mode, recipe: Recipe, world_size: int, gradients: str = "float32") -> Traffic:
-    return predict_traffic(mode, recipe, NUM_CLASSES, world_size, gradient_bytes=2 if gradients == "bf16" else 4)
-
-
 def read_loopback() -> int:
     """Bytes that the loopback device has carried, other processes' included; 0 where the system does not say."""
     try:
@@ -129,14 +146,14 @@ def read_loopback() -> int:
 
 def print_traffic(num_ranks: int, found: dict[str, Any]) -> None:
     print(f"\n{num_ranks} ranks: sent by each rank in a step, MB\n")
-    print("| mode | gradients | activations | images | in all | collectives | by the model | loopback / counted |")
+    print("| mode | gradients | activations | images | in all | collectives | by the shapes | loopback / counted |")
     print("|---|---:|---:|---:|---:|---:|---:|---:|")
     for mode, row in found.items():
         sent = [row["sent_bytes"][kind] / 1e6 for kind in KINDS]
-        model, carried = sum(row["predicted"].values()) / 1e6, row["loopback_bytes"]
+        shapes, carried = sum(row["predicted"].values()) / 1e6, row["loopback_bytes"]
         ratio = f"{carried / row['sent_bytes_of_all_ranks']:.2f}" if carried else "-"
         cells = [mode, *(f"{value:.2f}" for value in (*sent, sum(sent))), str(sum(row["collectives"].values()))]
-        print(f"| {' | '.join([*cells, f'{model:.2f}', ratio])} |")
+        print(f"| {' | '.join([*cells, f'{shapes:.2f}', ratio])} |")
 
 
 def print_rates(num_ranks: int, batch: int, device: str, found: dict[str, Any]) -> None:
@@ -146,31 +163,6 @@ def print_rates(num_ranks: int, batch: int, device: str, found: dict[str, Any]) 
         rate = row["images_per_s"]
         spread = f"{rate['images_per_s']:.1f} ({rate['lowest']:.1f} to {rate['highest']:.1f})"
         print(f"| {mode} | {spread} | {batch / rate['images_per_s']:.3f} | {rate['ratio_to_data']:.2f} |")
-
-
-def print_model(recipe: Recipe) -> None:
-    print("\nModel: images/s of two GPUs; the first column is what one alone is taken to do, forward and backward\n")
-    print("| one GPU | batch | link | data | columns | hybrid |\n|---:|---:|---|---:|---:|---:|")
-    for alone in ONE_GPU_IMAGES_PER_S:
-        for batch in BATCHES:
-            sized = replace(recipe, global_batch_size=batch)
-            for link in (PCIE4, PCIE5, NVLINK):
-                rates = [predict_rate(mode, sized, NUM_CLASSES, 2, link, Device(alone)) for mode in MODES]
-                print(f"| {alone:,.0f} | {batch} | {link.name} | {' | '.join(f'{rate:,.0f}' for rate in rates)} |")
-
-
-def print_scaling(recipe: Recipe) -> None:
-    print("\nModel: more ranks, 128 images in all or each; one GPU alone is taken to do 5,000 images/s\n")
-    print("| ranks | batch | link | mode | MB sent by a rank in a step | images/s | of perfect scaling |")
-    print("|---:|---:|---|---|---:|---:|---:|")
-    for world_size, link in ((2, NVLINK), (8, NVLINK), (64, NETWORK)):
-        for batch in (128, 128 * world_size):
-            sized = replace(recipe, global_batch_size=batch)
-            for mode in ("data", "hybrid"):
-                rate = predict_rate(mode, sized, NUM_CLASSES, world_size, link)
-                sent = sum(predict(mode, sized, world_size).sent_bytes.values()) / 1e6
-                perfect = rate / (world_size * Device().images_per_s)
-                print(f"| {world_size} | {batch:,} | {link.name} | {mode} | {sent:.1f} | {rate:,.0f} | {perfect:.0%} |")
 
 
 def main() -> int:
@@ -184,7 +176,6 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("parallel.json"))
     options = parser.parse_args()
     num_gpus = torch.cuda.device_count()
-    recipe = replace(RECIPES["paper"], width=options.width, global_batch_size=options.global_batch_size)
     results: dict[str, Any] = {}
     for position, num_ranks in enumerate(options.ranks):
         job = {
@@ -202,10 +193,7 @@ def main() -> int:
         found = results[str(num_ranks)] = json.loads(options.out.read_text(encoding="utf-8"))
         print_traffic(num_ranks, found)
         if job["num_rounds"]:
-            device = find_link(True, num_ranks).name if job["use_gpu"] else f"CPU ({LOOPBACK.name}, gloo)"
-            print_rates(num_ranks, options.global_batch_size, device, found)
-    print_model(recipe)
-    print_scaling(recipe)
+            print_rates(num_ranks, options.global_batch_size, "GPU" if job["use_gpu"] else "CPU (gloo)", found)
     options.out.write_text(json.dumps({"torch": torch.__version__, "num_gpus": num_gpus, "ranks": results}, indent=1))
     return 0
 

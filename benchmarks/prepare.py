@@ -5,7 +5,6 @@
 SOURCE holds images at any depth (default: a synthetic set). Every way turns the same files into 256x256 JPEGs of
 quality 90 on the same cores. Before the clock runs, each one's output is decoded and compared with Pillow's LANCZOS
 from a full decode: count, shape, and the mean PSNR that the table shows. README.md says how to install the peers.
-The decision that shaped it: no way is timed whose pixels have not been seen. Left out: GPUs.
 """
 
 import argparse
@@ -15,15 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import race
-from children import Child, Failed, closing_all
-from machine import describe_machine
+from harness import race
+from harness.children import Child, Failed, closing_all
+from harness.machine import describe_machine
+from harness.racetable import report
+from harness.rounds import Entry, Row, alternate
+from harness.source_images import lay_out, list_photographs, make_synthetic
 from PIL import Image
-from racetable import report
-from rounds import Entry, Row, alternate
 
 HERE = Path(__file__).resolve().parent
-SCRIPT = HERE / "peers_prepare.py"
+SCRIPT = HERE / "peers" / "prepare.py"
 SIZE_PX = 256
 ENDINGS = (".jpg", ".jpeg")
 NUM_STAGED = 400  # images on which the stages of ours are timed
@@ -194,45 +194,6 @@ def refer(file: Path, size: tuple[int, int] | None) -> Image.Image:
     left, top = (wide - SIZE_PX) // 2, (high - SIZE_PX) // 2
     resized = pixels.resize((wide, high), Image.Resampling.LANCZOS)
     return resized.crop((left, top, left + SIZE_PX, top + SIZE_PX))
-
-
-def make_synthetic(root: Path, num: int) -> Path:
-    from tools.synth import make_tree
-
-    if not (root / "train").is_dir():
-        make_tree(root, num_train=min(num, 400), num_val=10)
-    return root / "train"
-
-
-def list_photographs(source: Path) -> tuple[list[Path], int]:
-    """RGB and grey JPEGs under `source` in sorted order, and how many other files there are: simplejpeg has no more."""
-    found, num_other = [], 0
-    for path in sorted(path for path in source.rglob("*") if path.is_file()):
-        try:
-            with Image.open(path) as image:
-                is_plain = image.format == "JPEG" and image.mode in ("RGB", "L")
-        except OSError:
-            is_plain = False
-        found += [path] if is_plain else []
-        num_other += not is_plain
-    return found, num_other
-
-
-def lay_out(distinct: Sequence[Path], tree: Path, num: int, *, num_classes: int = 10) -> list[str]:
-    """`num` links to the images in turn, as tree/train/<class>/<position>_<name>: their paths in order.
-
-    With as many classes as there are distinct images, each of them is a class of its own.
-    """
-    shutil.rmtree(tree, ignore_errors=True)
-    files = []
-    for position in range(num):
-        target = distinct[position % len(distinct)].absolute()
-        folder = f"class{position % len(distinct) % num_classes:05d}"
-        link = tree / "train" / folder / f"{position:09d}_{target.stem}.jpg"
-        link.parent.mkdir(parents=True, exist_ok=True)
-        link.symlink_to(target)
-        files.append(str(link))
-    return files
 
 
 def ask_stages(child: Child) -> dict[str, float]:

@@ -3,10 +3,9 @@
     python benchmarks/saving.py --saves 10 --folder /data/scratch --json saving.json     # a minute or two
     python benchmarks/saving.py --saves 1 --width 0.0625 --batch 2                        # to see that it runs
 
-In one process, one after the other: steps alone; `Saver.begin`, which training waits for, then steps until the write is
-done; and the same state written in the training's own thread, which is what a save without one would cost. The decision
-that shaped it: taking the copy's memory, once, at the start, is shown by itself. On a GPU, if there is
-one, else on the CPU. Left out: data, ranks.
+Measures, one after the other: steps alone; `Saver.begin`, which training waits for, then steps until the write is done;
+and the same state written by the training's own thread. The memory of the copy, taken once at the start, is shown by
+itself. On a GPU, if there is one, else on the CPU.
 """
 
 import argparse
@@ -22,7 +21,7 @@ from pathlib import Path
 import torch
 
 from trainer import checkpoint
-from trainer.bench.usage import list_tree, memory_bytes
+from trainer.bench.rates import list_tree, memory_bytes
 from trainer.checkpoint import Saver
 from trainer.distributed import Ranks
 from trainer.recipe import RECIPES
@@ -51,7 +50,7 @@ def measure(folder: Path, num_saves: int, batch: int, width: float) -> dict[str,
     def step() -> float:
         return time_s(lambda: learner.step(images, labels), device)
 
-    def fail(number: int, what: str) -> None:
+    def fail(number: int, what: str, _kept: str) -> None:
         sys.exit(f"error: save {number}: {what}")
 
     saver = Saver(folder, ranks, keep=2, minutes=1e-9, before=lambda: None, tell=fail)

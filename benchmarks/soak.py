@@ -3,11 +3,9 @@
     python benchmarks/soak.py shards --minutes 30
     python benchmarks/soak.py shards --minutes 30 --train --ranks 2
 
-The decision that shaped it: everything is taken and dropped, epoch after epoch, an evaluation after each; resident
-memory is read at even intervals and the first quarter, in which buffers fill, is left out of the fit. `--train` watches
-the command itself from outside, all of its processes together, and ends it as a scheduler would. Exits with 1 if memory
-grows by more than --limit-mib an hour, if files or threads become more, or if anything is left. Left out: speed
-(feed.py, step.py).
+Resident memory is read at even intervals; the first quarter, in which buffers fill, does not count. `--train` watches
+the processes of the command itself, and ends it as a scheduler would. Exits with 1 if memory grows by more than
+--limit-mib an hour, if files or threads become more, or if anything is left behind.
 """
 
 import argparse

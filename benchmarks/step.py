@@ -3,10 +3,9 @@
     python benchmarks/step.py --python PEERS/bin/python --json step.json         # about five minutes
     python benchmarks/step.py --only ours,usual --batch 8 --rounds 2 --seconds 0 # to see that it runs
 
-All train on the same batch in memory, 224x224, 1000 classes. The decision that shaped it: rates are compared at equal
-precision and of equal networks (the paper's, with its groups), and whatever differs from that is a row of its own. The
-limits: operations of a step over the rate of large matrix products, and bytes that its passes must move, counted, over
-the rate of a running sum. Left out: data (feed.py) and GPUs (gpu.py, `alexnet-bench step`).
+All train on the same batch in memory, 224x224, 1000 classes. Rates are compared at equal precision and of equal
+networks (the paper's, with its groups); whatever differs is a row of its own. The limits: operations of a step over the
+rate of large matrix products, and bytes that its passes must move, counted, over the rate of a running sum.
 """
 
 import argparse
@@ -15,14 +14,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import race
-from children import Child, closing_all
-from machine import describe_machine
-from racetable import report
-from rounds import Entry, Row, alternate
+from harness import race
+from harness.children import Child, closing_all
+from harness.machine import describe_machine
+from harness.racetable import report
+from harness.rounds import Entry, Row, alternate
 
 HERE = Path(__file__).resolve().parent
-SCRIPT = HERE / "peers_step.py"
+SCRIPT = HERE / "peers" / "step.py"
 NUM_CLASSES = 1000
 ENTRIES = (
     Entry("ours", "ours", "`trainer.step.Learner`, recipe paper, float32"),

@@ -36,17 +36,8 @@ from trainer.model import AlexNet, local_response_norm  # noqa: E402
 from trainer.recipe import from_dict  # noqa: E402
 from trainer.record.metrics import read_metrics  # noqa: E402
 from trainer.record.runs import CHECKPOINTS, LAST, METRICS, read_config  # noqa: E402
-from trainer.report.pictures import (  # noqa: E402  # noqa: E402
-    BLUE,
-    GREEN,
-    GREY,
-    ORANGE,
-    VERMILION,
-    name_runs,
-    overfitting_figure,
-    style,
-    training_error,
-)
+from trainer.report.curves import name_runs, overfitting_figure, training_error  # noqa: E402
+from trainer.report.pictures import BLUE, GREEN, GREY, ORANGE, VERMILION, new_figure, style  # noqa: E402
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -262,27 +253,24 @@ def batch_norm(maps: Tensor) -> Tensor:
 # Figures.
 
 
+@style()
 def mean_figure(image: Image, mean: Floats, num_images: int) -> "Figure":
-    from matplotlib.figure import Figure
-
     difference = np.clip(127.5 + (image - mean) / 2, 0, 255).astype(np.uint8)
     panels = [
         (image, "an image"),
         (np.clip(np.rint(mean), 0, 255).astype(np.uint8), f"the mean of {num_images:,} images"),
         (difference, "image - mean (mid-grey is 0)"),
     ]
-    with style():
-        figure = Figure(figsize=(9.6, 3.6), layout="constrained")
-        for axes, (pixels, title) in zip(figure.subplots(1, 3), panels, strict=True):
-            axes.imshow(pixels)
-            axes.set_title(title, fontsize=13)
-            axes.set_axis_off()
+    figure = new_figure(9.6, 3.6)
+    for axes, (pixels, title) in zip(figure.subplots(1, 3), panels, strict=True):
+        axes.imshow(pixels)
+        axes.set_title(title, fontsize=13)
+        axes.set_axis_off()
     return figure
 
 
+@style()
 def saturation_figure() -> "Figure":
-    from matplotlib.figure import Figure
-
     x = np.linspace(-5, 5, 501)
     logistic = 1 / (1 + np.exp(-x))
     curves = [
@@ -290,26 +278,24 @@ def saturation_figure() -> "Figure":
         ("logistic", logistic, logistic * (1 - logistic), GREEN, (0, (1, 1.5))),
         ("ReLU", np.maximum(x, 0), np.where(x > 0, 1.0, 0.0), BLUE, "-"),
     ]
-    with style():
-        figure = Figure(figsize=(9.6, 3.9), layout="constrained")
-        left, right = figure.subplots(1, 2)
-        for name, value, slope, colour, dash in curves:
-            left.plot(x, value, color=colour, linestyle=dash, label=name)
-            right.plot(x, slope, color=colour, linestyle=dash, label=name)
-        left.set(title="f(x)", xlabel="x", ylim=(-1.3, 3.2))
-        right.set(title="slope f'(x): what a gradient is multiplied by", xlabel="x", ylim=(-0.08, 1.2))
-        left.legend(loc="upper left")
-        for axes in (left, right):
-            for side in ((-5, -2), (2, 5)):
-                axes.axvspan(*side, color=GREY, alpha=0.12, linewidth=0)
-        right.text(3.5, 0.5, "tanh is flat\nwithin 7 %", ha="center", fontsize=11, color="#333333")
+    figure = new_figure(9.6, 3.9)
+    left, right = figure.subplots(1, 2)
+    for name, value, slope, colour, dash in curves:
+        left.plot(x, value, color=colour, linestyle=dash, label=name)
+        right.plot(x, slope, color=colour, linestyle=dash, label=name)
+    left.set(title="f(x)", xlabel="x", ylim=(-1.3, 3.2))
+    right.set(title="slope f'(x): what a gradient is multiplied by", xlabel="x", ylim=(-0.08, 1.2))
+    left.legend(loc="upper left")
+    for axes in (left, right):
+        for side in ((-5, -2), (2, 5)):
+            axes.axvspan(*side, color=GREY, alpha=0.12, linewidth=0)
+    right.text(3.5, 0.5, "tanh is flat\nwithin 7 %", ha="center", fontsize=11, color="#333333")
     return figure
 
 
+@style()
 def normalisation_figure(maps: Tensor, num_towers: int) -> "Figure":
     """One place of one image, where most is going on: its maps as conv1 gives them, and after each normalisation."""
-    from matplotlib.figure import Figure
-
     energy = (maps * maps).sum(dim=1)
     image, row, column = np.unravel_index(int(energy.argmax()), energy.shape)
     rows = [
@@ -321,58 +307,52 @@ def normalisation_figure(maps: Tensor, num_towers: int) -> "Figure":
         ("after batch normalisation: (a - mean of the map) / its deviation", batch_norm(maps)),
     ]
     number = maps.shape[1]
-    with style():
-        figure = Figure(figsize=(9.6, 6.4), layout="constrained")
-        for axes, (title, values) in zip(figure.subplots(3, 1, sharex=True), rows, strict=True):
-            heights = values[image, :, row, column].double().numpy()
-            towers = np.arange(number) // (number // num_towers)
-            axes.bar(np.arange(number), heights, color=[(BLUE, ORANGE)[tower % 2] for tower in towers])
-            axes.axhline(0, color=GREY, linewidth=1.0)
-            axes.set_title(title, fontsize=12, loc="left")
-        axes.set_xlabel(
-            f"the {number} maps of conv1 at one place of one image" + "; colours: towers" * (num_towers > 1)
-        )
+    figure = new_figure(9.6, 6.4)
+    for axes, (title, values) in zip(figure.subplots(3, 1, sharex=True), rows, strict=True):
+        heights = values[image, :, row, column].double().numpy()
+        towers = np.arange(number) // (number // num_towers)
+        axes.bar(np.arange(number), heights, color=[(BLUE, ORANGE)[tower % 2] for tower in towers])
+        axes.axhline(0, color=GREY, linewidth=1.0)
+        axes.set_title(title, fontsize=12, loc="left")
+    axes.set_xlabel(f"the {number} maps of conv1 at one place of one image" + "; colours: towers" * (num_towers > 1))
     return figure
 
 
+@style()
 def colour_figure(image: Image, images: Sequence[Image], colors: ColorStats) -> "Figure":
     """Pixels in the plane of red and green with the ellipse of their covariance, and an image moved along each axis."""
-    from matplotlib.figure import Figure
     from matplotlib.patches import Ellipse
 
     pixels = np.concatenate([picture[8::32, 8::32].reshape(-1, 3) for picture in images]).astype(np.float64)
     plane = colors.covariance[:2, :2]
     values, vectors = np.linalg.eigh(plane)
     angle = math.degrees(math.atan2(vectors[1, 1], vectors[0, 1]))
-    with style():
-        figure = Figure(figsize=(11.0, 5.2), layout="constrained")
-        grid = figure.add_gridspec(3, 6)
-        axes = figure.add_subplot(grid[:, :3])
-        axes.scatter(pixels[:, 0], pixels[:, 1], s=9, c=pixels / 255, edgecolors="none")
-        for deviations in (1, 2):
-            width, height = 2 * deviations * np.sqrt(values[::-1])
-            axes.add_patch(
-                Ellipse(tuple(colors.mean[:2]), width, height, angle=angle, fill=False, edgecolor="black",
-                        linewidth=1.8, linestyle="-" if deviations == 1 else "--")
-            )  # fmt: skip
-        for axis in range(3):
-            step = math.sqrt(colors.eigenvalues[axis]) * colors.eigenvectors[:2, axis]
-            axes.annotate("", tuple(colors.mean[:2] + step), tuple(colors.mean[:2]),
-                          arrowprops={"arrowstyle": "-|>", "color": "black", "linewidth": 2.2})  # fmt: skip
-            away = step * (1 + LABEL_GREY / max(float(np.linalg.norm(step)), 1e-9))
-            axes.annotate(f"axis {axis + 1}", tuple(colors.mean[:2] + away), fontsize=12, ha="center", va="center",
-                          bbox={"facecolor": "white", "alpha": 0.85, "pad": 1.5, "edgecolor": "none"})  # fmt: skip
-        axes.set(xlim=(-5, 260), ylim=(-5, 260), xlabel="red", ylabel="green", title="pixels; 1 and 2 deviations")
-        axes.set_aspect("equal")
-        for axis in range(3):
-            shift = 0.5 * math.sqrt(colors.eigenvalues[axis]) * colors.eigenvectors[:, axis]
-            for place, sign in enumerate((-1, 0, 1)):
-                panel = figure.add_subplot(grid[axis, 3 + place])
-                panel.imshow(np.clip(np.rint(image + sign * shift), 0, 255).astype(np.uint8))
-                panel.set_title(
-                    f"axis {axis + 1}: {'−' if sign < 0 else '+'}½" if sign else "image", fontsize=11, pad=3
-                )
-                panel.set_axis_off()
+    figure = new_figure(11.0, 5.2)
+    grid = figure.add_gridspec(3, 6)
+    axes = figure.add_subplot(grid[:, :3])
+    axes.scatter(pixels[:, 0], pixels[:, 1], s=9, c=pixels / 255, edgecolors="none")
+    for deviations in (1, 2):
+        width, height = 2 * deviations * np.sqrt(values[::-1])
+        axes.add_patch(
+            Ellipse(tuple(colors.mean[:2]), width, height, angle=angle, fill=False, edgecolor="black",
+                    linewidth=1.8, linestyle="-" if deviations == 1 else "--")
+        )  # fmt: skip
+    for axis in range(3):
+        step = math.sqrt(colors.eigenvalues[axis]) * colors.eigenvectors[:2, axis]
+        axes.annotate("", tuple(colors.mean[:2] + step), tuple(colors.mean[:2]),
+                      arrowprops={"arrowstyle": "-|>", "color": "black", "linewidth": 2.2})  # fmt: skip
+        away = step * (1 + LABEL_GREY / max(float(np.linalg.norm(step)), 1e-9))
+        axes.annotate(f"axis {axis + 1}", tuple(colors.mean[:2] + away), fontsize=12, ha="center", va="center",
+                      bbox={"facecolor": "white", "alpha": 0.85, "pad": 1.5, "edgecolor": "none"})  # fmt: skip
+    axes.set(xlim=(-5, 260), ylim=(-5, 260), xlabel="red", ylabel="green", title="pixels; 1 and 2 deviations")
+    axes.set_aspect("equal")
+    for axis in range(3):
+        shift = 0.5 * math.sqrt(colors.eigenvalues[axis]) * colors.eigenvectors[:, axis]
+        for place, sign in enumerate((-1, 0, 1)):
+            panel = figure.add_subplot(grid[axis, 3 + place])
+            panel.imshow(np.clip(np.rint(image + sign * shift), 0, 255).astype(np.uint8))
+            panel.set_title(f"axis {axis + 1}: {'−' if sign < 0 else '+'}½" if sign else "image", fontsize=11, pad=3)
+            panel.set_axis_off()
     return figure
 
 

@@ -2,9 +2,7 @@
 
     python docs/reference.py site
 
-The decision that shaped it: pdoc reads the docstrings as they are (one dependency, no configuration, no second copy of
-anything), and whatever it warns of is an error here, as is a link inside the result that leads nowhere. Left out: the
-pages under docs/, which are read where they lie.
+Whatever pdoc warns of is an error here, as is a link inside the result that leads nowhere.
 """
 
 import argparse

@@ -9,7 +9,6 @@ import fcntl
 import hashlib
 import json
 import os
-import queue
 import re
 import shutil
 import threading
@@ -18,13 +17,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 from typing import IO, Any, TypeVar
 
 from pipeline.colors import COLOR_FILE, MEAN_IMAGE_FILE
 from pipeline.common.console import Progress, note
 from pipeline.common.errors import UserError
-from pipeline.common.files import sync_folder, write_atomic, write_json
-from pipeline.manifest import MANIFEST, Manifest, Shard, index_header
+from pipeline.common.files import sync_folder, user_cache, write_atomic, write_json
+from pipeline.manifest import MANIFEST, Manifest, Shard, check_header
 
 ENV_CACHE = "ALEXNET_CACHE"
 CHECKED = ".checked.json"  # beside shards: which files, as they are, had the SHA-256 of the manifest
@@ -71,7 +71,7 @@ class Remote:
         return cls(url.rstrip("/"), filesystem, path.rstrip("/"))
 
     def read(self, name: str, start: int | None = None, end: int | None = None) -> bytes:
-        """As `find`, with more patience. Raises UserError for a file that is not there, too."""
+        """The bytes [start, end) of a file, or all of it. Raises UserError as `ask` does, and if it is not there."""
         data = self.find(name, start, end, BACKOFF_S)
         if data is None:
             raise UserError(f"{self.url}/{name}: no such file or bucket; check the URL, or upload the shards again")
@@ -80,7 +80,7 @@ class Remote:
     def find(
         self, name: str, start: int | None = None, end: int | None = None, backoff_s: Sequence[float] | None = None
     ) -> bytes | None:
-        """The bytes [start, end) of a file, or all of it; None if it is not there. Raises UserError as `ask` does."""
+        """The same with less patience; None if the file is not there."""
 
         def request() -> bytes:
             data: bytes = self.filesystem.cat_file(f"{self.path}/{name}", start=start, end=end)
@@ -88,16 +88,13 @@ class Remote:
                 raise EOFError(f"got {len(data)} bytes at {start}, expected {end - start} (truncated, or replaced?)")
             return data
 
-        try:
-            return ask(
-                request,
-                f"{self.url}/{name}",
-                OPENING_BACKOFF_S if backoff_s is None else backoff_s,
-                right="read",
-                remedy="check that the file is whole, the server (AWS_ENDPOINT_URL) and the network",
-            )
-        except FileNotFoundError:
-            return None
+        where, remedy = (
+            f"{self.url}/{name}",
+            "check that the file is whole, the server (AWS_ENDPOINT_URL) and the network",
+        )
+        with suppress(FileNotFoundError):
+            return ask(request, where, backoff_s or OPENING_BACKOFF_S, right="read", remedy=remedy)
+        return None
 
     def publish_colors(self, folder: Path) -> None:
         """Put the colour statistics in `folder` beside the shards. Raises UserError if that is refused."""
@@ -123,38 +120,35 @@ class Remote:
             if not missing:
                 return
             _check_room(root, missing)
-            total = sum(shard.bytes for shard in missing)
+            total, num_done, counting = sum(shard.bytes for shard in missing), 0, threading.Lock()
             note(f"{self.url}: downloading {len(missing)} shards, {_size(total)}, to {root}")
             with Progress("downloading", _mb(total), "MB") as progress:
-                num_done = 0
 
-                def tell(shard: Shard, num_bytes: int | None) -> None:
+                def count(num_bytes: int) -> None:
                     nonlocal num_done
-                    if num_bytes is None:
-                        remember(root, {shard.file: describe(root, shard)})
-                    else:
+                    with counting:
                         before, num_done = num_done, num_done + num_bytes
                         progress.advance(_mb(num_done) - _mb(before))
 
                 try:
-                    _on_threads(lambda shard: self._download(root, shard), missing, lock, tell)
+                    _on_threads(lambda shard: self._download(root, shard), missing, lock, count)
                 except OSError as error:
                     if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                         raise
+                    left = _size(total - num_done)
                     raise UserError(
-                        f"{root}: the disk is full with {_size(total - num_done)} still to fetch; free as much, or "
-                        f"{_ELSEWHERE}"
+                        f"{root}: the disk is full with {left} still to fetch; free as much, or {_ELSEWHERE}"
                     ) from error
 
     def _download(self, root: Path, shard: Shard) -> Iterator[int]:
         """Yields how many bytes more are there; fewer, if they prove to be wrong."""
         path, part = root / shard.file, root / f"{shard.file}.part"
         if path.is_file() and path.stat().st_size == shard.bytes:  # put here by hand, or not remembered
-            digest = hashlib.sha256()
+            before, digest = describe(root, shard), hashlib.sha256()
             with path.open("rb") as file:
                 yield from hash_chunks(file, digest)
             if digest.hexdigest() == shard.sha256:
-                return
+                return remember(root, {shard.file: before})
             yield -shard.bytes
         for _ in range(NUM_CHECKSUM_ATTEMPTS):
             digest = hashlib.sha256()
@@ -173,7 +167,7 @@ class Remote:
             if digest.hexdigest() == shard.sha256:
                 part.replace(path)
                 sync_folder(root)
-                return
+                return remember(root, {shard.file: describe(root, shard)})
             part.unlink()
             yield -size
         raise UserError(
@@ -182,14 +176,9 @@ class Remote:
         )
 
     def _fetch_index(self, root: Path, shard: Shard) -> Iterator[int]:
-        name, expected = Path(shard.file).with_suffix(".idx").name, index_header(shard.samples)
+        name = Path(shard.file).with_suffix(".idx").name
         data = self.read(name)
-        header = data.split(b"\n", 1)[0].decode("ascii", "replace").strip()
-        if header != expected:
-            raise UserError(
-                f"{self.url}/{name}: starts with {header[:40]!r}, expected {expected!r} (stale index); "
-                "upload the shards again"
-            )
+        check_header(data, shard, f"{self.url}/{name}", "upload the shards again")
         write_atomic(root / name, data)
         yield len(data)
 
@@ -224,7 +213,7 @@ def open_remote(url: str, cache_dir: str | Path | None) -> tuple[Path, Manifest,
 
     if lock := _lock(root, lambda: not list_missing(), remote.url):
         with lock:
-            _on_threads(lambda shard: remote._fetch_index(root, shard), list_missing(), lock, lambda *_: None)
+            _on_threads(lambda shard: remote._fetch_index(root, shard), list_missing(), lock, lambda _: None)
     for file in (COLOR_FILE, MEAN_IMAGE_FILE):  # always: they may have been computed since
         _put(root / file, remote.find(file))
     _put(root / MANIFEST, data)
@@ -233,15 +222,14 @@ def open_remote(url: str, cache_dir: str | Path | None) -> tuple[Path, Manifest,
 
 def default_cache_dir() -> Path:
     """$ALEXNET_CACHE, else alexnet-dali under the user's cache folder. Raises UserError for a user without a home."""
-    if named := os.environ.get(ENV_CACHE):
-        return Path(named)
-    try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "alexnet-dali"
-    except RuntimeError as error:
+    named = os.environ.get(ENV_CACHE)
+    folder = Path(named) if named else user_cache()
+    if folder is None:
         raise UserError(
             f"no folder for shards behind a URL: neither HOME nor XDG_CACHE_HOME is set; name one with --cache-dir or "
             f"{ENV_CACHE}"
-        ) from error
+        )
+    return folder
 
 
 def find_unchecked(root: Path, shards: Sequence[Shard]) -> list[Shard]:
@@ -374,39 +362,28 @@ def _lock(root: Path, is_done: Callable[[], bool], url: str) -> IO[str] | None:
 
 
 def _on_threads(
-    work: Callable[[Shard], Iterator[int]],
-    shards: Sequence[Shard],
-    lock: IO[str],
-    tell: Callable[[Shard, int | None], None],
+    work: Callable[[Shard], Iterator[int]], shards: Sequence[Shard], lock: IO[str], count: Callable[[int], None]
 ) -> None:
-    """`work` on each shard, several at once. What it yields is told in this thread, at its end None; the first error is
-    raised.
+    """`work` on each shard, several at once; what it yields is counted, the first error raised.
 
     The threads are daemons, since an interrupted process must not wait for a server; and they hold the lock, too, so
     that nobody else writes before they have ended.
     """
-    left: queue.SimpleQueue[Shard] = queue.SimpleQueue()
-    said: queue.SimpleQueue[tuple[Shard, int | None] | BaseException | None] = queue.SimpleQueue()
-    stop = threading.Event()
-    for shard in shards:
-        left.put(shard)
+    left, stop, ended = iter(shards), threading.Event(), SimpleQueue[BaseException | None]()
 
     def run(held: int) -> None:
+        failure = None
         try:
-            while not stop.is_set():
-                shard = left.get_nowait()
+            for shard in left:  # one iterator for all threads
                 for num_bytes in work(shard):
-                    said.put((shard, num_bytes))
+                    count(num_bytes)
                     if stop.is_set():
                         return
-                said.put((shard, None))
-        except queue.Empty:
-            pass  # every shard is taken: this thread is done
         except BaseException as error:  # noqa: BLE001 - a thread has no caller: raised below
-            said.put(error)
+            failure = error
         finally:
             os.close(held)
-            said.put(None)
+            ended.put(failure)
 
     threads = [
         threading.Thread(target=run, args=(os.dup(lock.fileno()),), name="download", daemon=True)
@@ -415,15 +392,9 @@ def _on_threads(
     try:
         for thread in threads:
             thread.start()
-        num_running = len(threads)
-        while num_running:
-            match said.get():
-                case None:
-                    num_running -= 1
-                case BaseException() as error:
-                    raise error
-                case (shard, num_bytes):
-                    tell(shard, num_bytes)
+        for _ in threads:
+            if failure := ended.get():
+                raise failure
     finally:
         stop.set()
         end_s = time.monotonic() + _LEAVE_S

@@ -4,9 +4,9 @@ The manifest is written last, atomically: a folder without one is unfinished. St
 """
 
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, get_origin
 
 from pipeline.common.errors import UserError
 
@@ -18,6 +18,7 @@ ENDINGS = {"jpeg": "jpg", "raw": "rgb"}  # of a sample's image, by the manifest'
 CLS_DIGITS = 5  # a label is stored as five ASCII digits: int() reads it, DALI sees a fixed width
 KEY_DIGITS = 9
 _SHARD_NAME = re.compile(r"(train|val)-\d{6}\.tar")
+Record = TypeVar("Record")
 
 
 @dataclass(frozen=True)
@@ -66,25 +67,10 @@ class Manifest:
                 f"{where}: schema is {schema!r}, expected {SCHEMA}; make the shards again with `alexnet-prep shard`"
             )
         try:
-            classes = tuple(ClassEntry(int(c["index"]), str(c["wnid"]), str(c["name"])) for c in raw["classes"])
-            shards = tuple(
-                Shard(str(s["file"]), str(s["split"]), int(s["samples"]), int(s["bytes"]), str(s["sha256"]))
-                for s in raw["shards"]
-            )
-            manifest = cls(
-                schema=SCHEMA,
-                created_by=str(raw["created_by"]),
-                layout=str(raw["layout"]),
-                seed=int(raw["seed"]),
-                size_px=int(raw["size_px"]),
-                encoding=str(raw["encoding"]),
-                quality=int(raw["quality"]),
-                samples_per_shard=int(raw["samples_per_shard"]),
-                classes=classes,
-                shards=shards,
-                totals={split: int(raw["totals"][split]) for split in SPLITS},
-                job=str(raw["job"]),
-            )
+            classes = tuple(_read_record(ClassEntry, entry) for entry in raw["classes"])
+            shards = tuple(_read_record(Shard, entry) for entry in raw["shards"])
+            totals = {split: _check("totals", int, raw["totals"][split]) for split in SPLITS}
+            manifest = _read_record(cls, {**raw, "classes": classes, "shards": shards, "totals": totals})
         except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
             raise UserError(
                 f"{where}: not a manifest ({type(error).__name__}: {error}); "
@@ -117,6 +103,24 @@ class Manifest:
         return asdict(self)
 
 
+def _read_record(kind: type[Record], raw: dict[str, Any]) -> Record:
+    """A dataclass from decoded JSON, each field of its type; others are ignored. Raises KeyError or TypeError."""
+    return kind(**{field.name: _check(field.name, field.type, raw[field.name]) for field in fields(kind)})  # type: ignore[arg-type]
+
+
+def _check(name: str, kind: Any, value: Any) -> Any:
+    if type(value) is not (get_origin(kind) or kind):
+        raise TypeError(f"{name}: got {value!r}, expected {kind}")
+    return value
+
+
 def index_header(num_samples: int) -> str:
     """First line of a DALI index, version 1.2."""
     return f"v1.2 {num_samples}"
+
+
+def check_header(index: bytes, shard: Shard, where: Path | str, remedy: str) -> None:
+    """Raises UserError, naming `where`, for the beginning of an index that is not this shard's."""
+    header, expected = index[:64].split(b"\n")[0].decode("ascii", "replace").strip(), index_header(shard.samples)
+    if header != expected:
+        raise UserError(f"{where}: starts with {header[:40]!r}, expected {expected!r} (stale index); {remedy}")

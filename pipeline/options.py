@@ -3,7 +3,7 @@
 import hashlib
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from numbers import Integral
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -164,13 +164,13 @@ class LoaderOptions:
             raise UserError(f"cache_gib {self.cache_gib}: expected a number of GiB, 0 or more")
 
 
-@dataclass(frozen=True)
-class GraphSpec:
-    """What a graph is built from besides shards and transform: this rank's part of a split, and the devices.
-
-    decode is never "auto" here, and "cpu" for raw shards. Make one with `make_spec`.
+@dataclass(frozen=True, kw_only=True)
+class GraphSpec(LoaderOptions):
+    """What a graph is built from besides shards and transform: this rank's part of a split, the devices, and the
+    options as `make_spec` has settled them: decode is never "auto", and "cpu" for raw shards.
     """
 
+    num_threads: int = 1
     split: str
     encoding: str
     batch_size: int
@@ -179,17 +179,12 @@ class GraphSpec:
     seed: int
     device: Device
     device_id: int | None
-    decode: Decode
-    host_share: float
-    hw_decoder_load: float
-    cache_gib: float
-    num_threads: int
-    prefetch_batches: int
 
     @property
     def num_on_host(self) -> int:
         """How many samples of each batch the cores decode."""
-        return round({"cpu": 1.0, "hybrid": self.host_share}.get(self.decode, 0.0) * self.batch_size)
+        share = 0.5 if self.host_share is None else self.host_share
+        return round({"cpu": 1.0, "hybrid": share}.get(self.decode, 0.0) * self.batch_size)
 
 
 def make_spec(
@@ -223,6 +218,7 @@ def make_spec(
         )
     num_threads = options.num_threads or count_threads(options.num_local_ranks or count_local_ranks(world_size)) + 1
     return GraphSpec(
+        **asdict(replace(options, decode=decode, num_threads=num_threads)),
         split=split,
         encoding=shards.manifest.encoding,
         batch_size=batch_size,
@@ -231,12 +227,6 @@ def make_spec(
         seed=seed,
         device="gpu" if device == "gpu" else "cpu",
         device_id=device_id,
-        decode=decode,
-        host_share=0.5 if options.host_share is None else options.host_share,
-        hw_decoder_load=options.hw_decoder_load,
-        cache_gib=options.cache_gib,
-        num_threads=num_threads,
-        prefetch_batches=options.prefetch_batches,
     )
 
 

@@ -28,6 +28,7 @@ from pipeline.manifest import (
     SPLITS,
     Manifest,
     Shard,
+    check_header,
     index_header,
 )
 
@@ -211,14 +212,11 @@ def _check_files(root: Path, shard: Shard, remedy: str) -> None:
     size = tar.stat().st_size
     if size != shard.bytes:
         raise UserError(f"{tar}: {size} bytes, expected {shard.bytes} (truncated or replaced); {remedy}")
-    expected = index_header(shard.samples)
     try:
         with index.open("rb") as file:
-            header = file.readline(64).decode("ascii", errors="replace").strip()
+            check_header(file.readline(64), shard, index, remedy)
     except FileNotFoundError:
         raise UserError(f"{index}: missing; {remedy}") from None
-    if header != expected:
-        raise UserError(f"{index}: starts with {header!r}, expected {expected!r} (stale index); {remedy}")
 
 
 class Index(NamedTuple):

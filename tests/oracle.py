@@ -1,7 +1,7 @@
 """Slow, obvious NumPy versions of everything numeric, in float64: what the tests compare with.
 
-The decision that shaped it: written from the formulas, index by index, and importing nothing of the project, so that a
-mistake would have to be made twice. Left out: speed, and every check of arguments. Maps are (B, C, H, W).
+Written from the formulas, index by index, and importing nothing of the project, so that a mistake would have to be made
+twice. Maps are (B, C, H, W).
 
 P = Krizhevsky, Sutskever & Hinton, NIPS 2012, with the section; S = the 2012 source released in 2025, net 145.
 """

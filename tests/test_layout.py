@@ -13,9 +13,9 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("pipeline", "trainer", "tools")
 FORBIDDEN = {"pipeline": {"trainer", "tools"}, "trainer": {"tools"}, "tools": {"trainer"}}
-MAY_IMPORT_DALI = {"pipeline/graph.py", "pipeline/operators/__init__.py", "tools/checks/doctor.py"}
+MAY_IMPORT_DALI = {"pipeline/graph.py", "pipeline/operators/__init__.py", "tools/checks/facts.py"}
 OFF_THE_MAP = {"pipeline": {"errors.py"}}  # a name of before, that users import
-LARGEST_ROOM = 16
+LARGEST_ROOM = 15
 HEAVY = ("torch", "nvidia.dali", "numpy")
 SCRIPTS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
 
@@ -46,6 +46,60 @@ def test_no_package_imports_one_it_must_not_know(package):
     for path in sources:
         roots = {name.split(".")[0] for name in find_imports(path.read_text(encoding="utf-8"))}
         assert not roots & (FORBIDDEN[package] | {"tests"}), path
+
+
+def read_layers() -> dict[str, dict[str, int]]:
+    """Of each package: its rooms and files, by CONTRIBUTING.md, with the layer of each, the uppermost 0."""
+    lines = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").splitlines()
+    layers = {}
+    for line in lines:
+        words = line.split()
+        if line.startswith("    ") and words[0] in PACKAGES and ">" in words:
+            order = line.split(maxsplit=1)[1].split(">")
+            layers[words[0]] = {unit.strip(): n for n, layer in enumerate(order) for unit in layer.split(",")}
+    return layers
+
+
+def list_edges(package: str) -> Iterator[tuple[str, str]]:
+    """(module, module of the same package that it imports), but for imports that only a type checker makes."""
+    modules = {".".join(path.relative_to(ROOT).with_suffix("").parts) for path in list_sources(package)}
+    for path in list_sources(package):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING":
+                node.body = [ast.Pass()]
+        module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        for name in find_imports(ast.unparse(tree)):
+            found = name if name in modules else name.rpartition(".")[0]
+            if found in modules and found != module:
+                yield module, found
+
+
+def unit_of(module: str) -> str:
+    """The room or file of a package's top level: trainer.nets.onnx -> nets."""
+    return module.split(".")[1]
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_no_room_imports_one_above_it(package):
+    layer = read_layers()[package]
+    edges = [(a, b) for a, b in list_edges(package) if "__" not in unit_of(a) + unit_of(b)]
+    assert edges and {unit_of(module) for edge in edges for module in edge} <= set(layer)
+    assert [(a, b) for a, b in edges if layer[unit_of(a)] > layer[unit_of(b)]] == []
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_no_modules_import_each_other_in_a_circle(package):
+    imports: dict[str, set[str]] = {}
+    for module, imported in list_edges(package):
+        imports.setdefault(module, set()).add(imported)
+    while imports:
+        standing = {module: names & set(imports) for module, names in imports.items()}
+        standing = {module: names for module, names in standing.items() if names}
+        if standing == imports:
+            break
+        imports = standing
+    assert imports == {}  # what is left stands in a circle, or above one
 
 
 def read_table(heading: str) -> list[list[str]]:
@@ -149,3 +203,15 @@ def test_every_module_and_whatever_is_public_in_it_has_a_docstring(package):
             if not ast.get_docstring(node)
         ]
     assert bare == []
+
+
+def test_what_contributing_says_to_follow_is_in_the_files_it_names():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("\n## Follow one\n")[1].split("\n## ")[0]
+    rows = [line for line in text.splitlines() if line.startswith("| `")]
+    batch = text.split("\n\n")[2].splitlines()
+    assert len(batch) - 2 == 10 and len(rows) > 20
+    for row in rows:
+        path, *names = re.findall(r"`([^`]+)`", row)
+        source = (ROOT / path).read_text(encoding="utf-8")
+        for name in names:
+            assert re.search(rf"^ *(?:def|class) {name}\b|^{name}\b", source, re.MULTILINE), row

@@ -4,6 +4,7 @@ import os
 import shlex
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from shlex import quote
 from typing import TYPE_CHECKING, Any
@@ -18,17 +19,33 @@ from tools.sources import LAYOUTS
 if TYPE_CHECKING:
     from pipeline.colors import ColorStats
     from tools.checks.verify import Report
-    from tools.sharding.hostcodec import Encoding
     from tools.sharding.lock import Part
     from tools.sharding.make import Summary
-    from tools.sharding.preparer import Device
 
 
 DEFAULT_SHARDS, SHARDS_VARIABLE = "shards", "ALEXNET_SHARDS"
 _LOG_WIDTH = 2000  # of a table that goes to a file: nothing is cut off, a row is a line
 
-_shards = click.option("--shards", default=DEFAULT_SHARDS, envvar=SHARDS_VARIABLE, show_envvar=True, type=click.Path(),
-                       help="Folder of shards to look at.")  # fmt: skip
+
+def _folder_option(name: str, help_text: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """The option that names a folder of shards."""
+    return click.option(
+        name, default=DEFAULT_SHARDS, envvar=SHARDS_VARIABLE, show_envvar=True, type=click.Path(), help=help_text
+    )
+
+
+_shards = _folder_option("--shards", "Folder of shards to look at.")
+
+
+@click.group(cls=console.Group, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.version_option(package_name="alexnet-dali")
+def group() -> None:
+    """Prepare ImageNet for training: images -> shards, shards -> colour statistics."""
+
+
+def main() -> None:
+    """The script alexnet-prep."""
+    console.run(group)
 
 
 def _check_local(shards: str) -> str:
@@ -41,7 +58,7 @@ def _check_local(shards: str) -> str:
     return shards
 
 
-@click.command(cls=console.Command)
+@group.command()
 @_shards
 @click.option("--json", "as_json", is_flag=True, help="Print the facts as one JSON object.")
 def info(shards: str, as_json: bool) -> None:
@@ -95,7 +112,7 @@ def _print_holders(facts: dict[str, Any]) -> None:
         console.say(f"{'in use by' if each['is_alive'] else 'left by'} {each['holder']}")
 
 
-@click.command(cls=console.Command, short_help="Check a folder of shards from end to end.")
+@group.command(short_help="Check a folder of shards from end to end.")
 @_shards
 @click.option("--decode", is_flag=True, help="Decode every image too.")
 @click.option("--workers", type=click.IntRange(min=1), show_default="one per CPU", help="Worker processes.")
@@ -132,7 +149,7 @@ def _print_report(report: "Report") -> None:
     if not report.num_problems:
         console.say("no problems found")
         return
-    print_columns(
+    _print_columns(
         f"{report.num_problems:,} problems",
         ("file", "key", "found", "expected", "remedy"),
         [(p.file, p.key, p.what, p.expected, REMEDIES[p.mend]) for p in report.problems],
@@ -143,10 +160,8 @@ def _print_report(report: "Report") -> None:
         console.say(f"{'then' if number or report.delete else 'to mend,'} run: {command}")
 
 
-def print_columns(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+def _print_columns(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
     """A table of texts to stdout, all left-aligned, taken literally whatever they hold; folded on a terminal."""
-    import sys
-
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -161,7 +176,7 @@ def print_columns(title: str, columns: tuple[str, ...], rows: list[tuple[str, ..
     Console(width=None if is_terminal else _LOG_WIDTH, soft_wrap=not is_terminal).print(table)
 
 
-@click.command(cls=console.Command, short_help="Draw a contact sheet of what the network will see.")
+@group.command(short_help="Draw a contact sheet of what the network will see.")
 @_shards
 @click.option("--out", default="preview.png", type=click.Path(), help="PNG to write.")
 @click.option("--samples", "num_samples", default=8, type=click.IntRange(1, 64), help="Images to show.")
@@ -182,27 +197,10 @@ def preview(shards: str, out: str, num_samples: int, split: str, seed: int) -> N
         raise UserError(f"{out}: expected the name of a PNG file, such as preview.png; choose another --out")
     opened = ShardSet.open(shards)
     colors = ColorStats.load(opened.root, opened.fingerprint)
-    from tools.checks.preview import (
-        draw_samples,
-        write_sheet,  # these take seconds to import
-    )
+    from tools.checks.preview import draw_samples, write_sheet  # these take seconds to import
 
     write_sheet(draw_samples(opened, colors, num_samples=num_samples, seed=seed, split=split), colors, path)
     console.say(f"written to {path}: {num_samples} {split} images of {shards}, drawn with seed {seed}")
-
-
-COMMANDS = (info, verify, preview)
-
-
-@click.group(cls=console.Group, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
-@click.version_option(package_name="alexnet-dali")
-def group() -> None:
-    """Prepare ImageNet for training: images -> shards, shards -> colour statistics."""
-
-
-def main() -> None:
-    """The script alexnet-prep."""
-    console.run(group)
 
 
 @group.command()
@@ -254,22 +252,21 @@ def _is_given(option: str) -> bool:
 
 @group.command()
 @click.argument("source", metavar="SOURCE", type=click.Path())
-@click.option("--out", default=DEFAULT_SHARDS, envvar=SHARDS_VARIABLE, show_envvar=True, type=click.Path(),
-              help="Folder, or s3://bucket/prefix, to write the shards to.")  # fmt: skip
+@_folder_option("--out", "Folder, or s3://bucket/prefix, to write the shards to.")
 @click.option("--layout", type=click.Choice(LAYOUTS), show_default="as found", help="What SOURCE is.")
 @click.option("--val-fraction", type=click.FloatRange(0, 1, min_open=True, max_open=True), metavar="SHARE",
               help="Share of each class's images for validation, where SOURCE has no validation images.")  # fmt: skip
 @click.option("--subset", type=click.Path(), metavar="FILE",
               help="Only the classes in FILE: wnids, one a line, # before a comment.")  # fmt: skip
+@click.option("--allow-missing", is_flag=True,
+              help="Go on where the numbers in the names of SOURCE's files tell that some are missing.")  # fmt: skip
 @click.option("--samples-per-shard", default=5000, type=click.IntRange(min=1), help="Images per shard.")
-@click.option("--workers", type=click.IntRange(min=1), show_default="one per CPU",
+@click.option("--workers", "num_workers", type=click.IntRange(min=1), show_default="one per CPU",
               help="Worker processes; with --engine ray: tasks at a time.")  # fmt: skip
 @click.option("--seed", default=0, type=click.IntRange(min=0), help="Seed of the shuffle and of --val-fraction.")
 @click.option("--quality", default=90, type=click.IntRange(1, 100), help="JPEG quality, 1 to 100.")
 @click.option("--encoding", default="jpeg", type=click.Choice(list(ENDINGS)),
               help="jpeg, or raw: 192 KiB of pixels for each image, which need no decoding.")  # fmt: skip
-@click.option("--device", default="cpu", type=click.Choice(["cpu", "gpu"]),
-              help="Where images are decoded and encoded; the two differ in the last bits.")  # fmt: skip
 @click.option("--engine", default="local", type=click.Choice(["local", "ray"]), help="Where workers run.")
 @click.option("--ray-address", envvar="RAY_ADDRESS", show_envvar=True, metavar="ADDRESS",
               help="Cluster of --engine ray; auto: this machine's. Without it Ray is started here.")  # fmt: skip
@@ -285,18 +282,9 @@ def shard(
     layout: str | None,
     val_fraction: float | None,
     subset: str | None,
-    samples_per_shard: int,
-    workers: int | None,
-    seed: int,
-    quality: int,
-    encoding: "Encoding",
-    device: "Device",
-    engine: str,
-    ray_address: str | None,
-    part: "Part | None",
-    max_failures: str,
-    force: bool,
+    allow_missing: bool,
     as_json: bool,
+    **options: Any,
 ) -> None:
     """Turn the images of SOURCE into shards of 256x256 JPEGs.
 
@@ -307,29 +295,23 @@ def shard(
     Images are resized (shorter side to 256 pixels, antialiased) and cropped to the central square; EXIF orientation is
     ignored. An interrupted run is taken up by the same command; shards that are complete are left alone.
     """
-    if ray_address and engine != "ray" and _is_given("ray_address"):
-        raise UserError(f"--ray-address {ray_address}: goes with --engine ray, got --engine {engine}; give both")
+    engine, address = options["engine"], options["ray_address"]
+    if address and engine != "ray" and _is_given("ray_address"):
+        raise UserError(f"--ray-address {address}: goes with --engine ray, got --engine {engine}; give both")
     from tools.sharding.make import make_shards
     from tools.sources.source import open_source
 
-    opened = open_source(source, layout=layout, val_fraction=val_fraction, seed=seed, subset=subset)
+    opened = open_source(
+        source,
+        layout=layout,
+        val_fraction=val_fraction,
+        seed=options["seed"],
+        subset=subset,
+        allow_missing=allow_missing,
+    )
     for remark in opened.remarks:
         console.note(f"{source}: {remark}")
-    summary = make_shards(
-        opened,
-        out,
-        num_workers=workers,
-        samples_per_shard=samples_per_shard,
-        seed=seed,
-        quality=quality,
-        encoding=encoding,
-        device=device,
-        engine=engine,
-        ray_address=ray_address,
-        part=part,
-        max_failures=max_failures,
-        force=force,
-    )
+    summary = make_shards(opened, out, **options)
     if as_json:
         console.print_json(summary.to_json())
     else:
@@ -364,8 +346,7 @@ def _count_failures(out: str, summary: "Summary") -> str:
 
 
 @group.command(short_help="Compute the mean and the colour axes of the training set.")
-@click.option("--shards", default=DEFAULT_SHARDS, envvar=SHARDS_VARIABLE, show_envvar=True, type=click.Path(),
-              help="Folder of shards; the statistics are written into it.")  # fmt: skip
+@_folder_option("--shards", "Folder of shards; the statistics are written into it.")
 @click.option("--device", default="auto", type=click.Choice(["auto", "cpu", "gpu"]), help="Where images are decoded.")
 @click.option("--threads", type=click.IntRange(min=1), show_default="one per CPU", help="Decoding threads.")
 @click.option("--json", "as_json", is_flag=True, help="Print the statistics as one JSON object.")
@@ -395,13 +376,10 @@ def pca(shards: str, device: str, threads: int | None, as_json: bool) -> None:
 
 
 def _list_stats(stats: "ColorStats") -> dict[str, Any]:
+    arrays = ("mean", "std", "covariance", "eigenvalues", "eigenvectors")
     return {
         "num_pixels": stats.num_pixels,
-        "mean": stats.mean.tolist(),
-        "std": stats.std.tolist(),
-        "covariance": stats.covariance.tolist(),
-        "eigenvalues": stats.eigenvalues.tolist(),
-        "eigenvectors": stats.eigenvectors.tolist(),
+        **{name: getattr(stats, name).tolist() for name in arrays},
         "shards_fingerprint": stats.shards_fingerprint,
     }
 
@@ -426,13 +404,8 @@ def _print_stats(stats: "ColorStats") -> None:
     console.print_table("rms colour shift, grey levels", ["lighting", "red", "green", "blue"], shifts)
 
 
-for _command in COMMANDS:
-    group.add_command(_command)
-
-
 @group.command(short_help="Check this machine: driver, GPUs, decoders, memory, disk.")
-@click.option("--shards", default=DEFAULT_SHARDS, envvar=SHARDS_VARIABLE, show_envvar=True, type=click.Path(),
-              help="Folder of shards whose disk is timed.")  # fmt: skip
+@_folder_option("--shards", "Folder of shards whose disk is timed.")
 @click.option("--json", "as_json", is_flag=True, help="Print the checks as one JSON object.")
 def doctor(shards: str, as_json: bool) -> int:
     """Check this machine: driver, GPUs, CUDA, DALI's decoders, NCCL, memory, disk.

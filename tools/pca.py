@@ -1,8 +1,7 @@
 """The colour statistics of the training pixels: exact sums over every pixel, decoded as training decodes them.
 
-The decision that shaped it: sums are integers. Products are summed in float64 matrix products whose every partial sum
-is a whole number below 2^53, hence exact, so that the result does not depend on batches, threads or order. Left out:
-what is derived from the sums (pipeline/colors.py).
+Products are summed in float64 whose every partial sum is a whole number below 2^53, hence exact: the result does not
+depend on batches, threads or order.
 """
 
 from typing import Literal

@@ -1,9 +1,7 @@
 """A synthetic ImageNet in miniature: a seeded `train/<wnid>/*.JPEG`, `val/<wnid>/*.JPEG` tree for demos and tests.
 
-The decision that shaped it: a class is a shape filled with a texture, and every colour (background and the two of the
-texture) is drawn alike in all classes, so that colour jitter cannot give a class away and a network has to look at
-form. Position, size, rotation, proportions and noise vary; every tenth file is odd in one of the ways ImageNet's own
-files are (greyscale, CMYK, progressive, EXIF-rotated, PNG named .JPEG). Left out: any claim to look like photographs.
+A class is a shape filled with a texture. Colours are drawn alike in all classes, so that a network has to look at form.
+One file in ten is odd in one of the ways in which ImageNet's own are. None looks like a photograph.
 """
 
 import io
@@ -86,13 +84,8 @@ def make_tree(
             root.rmdir()
 
 
-def wnid_of(label: int) -> str:
-    """The made-up wnid of a class."""
-    return f"n{label + 1:08d}"
-
-
 def _file_name(picture: _Picture) -> str:
-    wnid = wnid_of(picture.label)
+    wnid = f"n{picture.label + 1:08d}"
     if picture.split == "train":
         return f"train/{wnid}/{wnid}_{picture.number}.JPEG"
     return f"val/{wnid}/ILSVRC2012_val_{picture.number:08d}.JPEG"
@@ -109,34 +102,6 @@ def _list_pictures(num_classes: int, num_train: int, num_val: int) -> list[_Pict
     return pictures
 
 
-# Shapes: signed distance in units of the radius, negative inside. None is another's mirror image.
-
-
-def _disc(u: Plane, v: Plane) -> Plane:
-    return np.hypot(u, v) - 0.85
-
-
-def _square(u: Plane, v: Plane) -> Plane:
-    return np.maximum(np.abs(u), np.abs(v)) - 0.75
-
-
-def _triangle(u: Plane, v: Plane) -> Plane:
-    return np.maximum(v, np.abs(u) * 0.866 - v * 0.5) - 0.5
-
-
-def _cross(u: Plane, v: Plane) -> Plane:
-    u, v = np.abs(u), np.abs(v)
-    return np.minimum(np.maximum(u - 0.95, v - 0.3), np.maximum(u - 0.3, v - 0.95))
-
-
-def _ring(u: Plane, v: Plane) -> Plane:
-    return np.abs(np.hypot(u, v) - 0.68) - 0.22
-
-
-def _bar(u: Plane, v: Plane) -> Plane:
-    return np.maximum(np.abs(u) - 1.0, np.abs(v) - 0.36)
-
-
 def _star(u: Plane, v: Plane) -> Plane:
     outer, inner, step = 1.0, 0.42, np.pi / 5
     angle = np.abs((np.arctan2(v, u) + step) % (2 * step) - step)
@@ -144,24 +109,21 @@ def _star(u: Plane, v: Plane) -> Plane:
     return np.hypot(u, v) - edge
 
 
-def _crescent(u: Plane, v: Plane) -> Plane:
-    return np.maximum(np.hypot(u, v) - 0.92, 0.68 - np.hypot(u - 0.45, v))
-
-
-def _trefoil(u: Plane, v: Plane) -> Plane:
-    return np.hypot(u, v) - (0.6 + 0.38 * np.cos(3 * np.arctan2(v, u)))
-
-
-def _hourglass(u: Plane, v: Plane) -> Plane:
-    return np.maximum(np.abs(u) - 0.85, np.abs(v) - 0.95 * np.abs(u) - 0.06)
-
-
-SHAPES = (_disc, _square, _triangle, _cross, _ring, _bar, _star, _crescent, _trefoil, _hourglass)
-
-# Textures: negative where the first colour shows, positive where the second does, about half of the area each.
-# (s, t) are pixels of the frame from the middle of the object; `tile` is smooth noise.
-
-_PERIOD_PX = 24.0
+# Signed distance in units of the radius, negative inside. None is another's mirror image.
+SHAPES: dict[str, Callable[[Plane, Plane], Plane]] = {
+    "disc": lambda u, v: np.hypot(u, v) - 0.85,
+    "square": lambda u, v: np.maximum(np.abs(u), np.abs(v)) - 0.75,
+    "triangle": lambda u, v: np.maximum(v, np.abs(u) * 0.866 - v * 0.5) - 0.5,
+    "cross": lambda u, v: np.minimum(
+        np.maximum(np.abs(u) - 0.95, np.abs(v) - 0.3), np.maximum(np.abs(u) - 0.3, np.abs(v) - 0.95)
+    ),
+    "ring": lambda u, v: np.abs(np.hypot(u, v) - 0.68) - 0.22,
+    "bar": lambda u, v: np.maximum(np.abs(u) - 1.0, np.abs(v) - 0.36),
+    "star": _star,
+    "crescent": lambda u, v: np.maximum(np.hypot(u, v) - 0.92, 0.68 - np.hypot(u - 0.45, v)),
+    "trefoil": lambda u, v: np.hypot(u, v) - (0.6 + 0.38 * np.cos(3 * np.arctan2(v, u))),
+    "hourglass": lambda u, v: np.maximum(np.abs(u) - 0.85, np.abs(v) - 0.95 * np.abs(u) - 0.06),
+}
 
 
 def _saw(x: Plane) -> Plane:
@@ -169,47 +131,20 @@ def _saw(x: Plane) -> Plane:
     return np.abs(x - np.round(x))
 
 
-def _stripes(s: Plane, t: Plane, tile: Plane) -> Plane:
-    return np.sin(s * (2 * np.pi / _PERIOD_PX))
-
-
-def _dots(s: Plane, t: Plane, tile: Plane) -> Plane:
-    return 6 * (np.hypot(_saw(s / 30), _saw(t / 30)) - 0.38)
-
-
-def _zigzag(s: Plane, t: Plane, tile: Plane) -> Plane:
-    return np.sin((s + 28 * _saw(t / 36)) * (2 * np.pi / 22))
-
-
-def _checker(s: Plane, t: Plane, tile: Plane) -> Plane:
-    return 1.5 * np.sin(s * (np.pi / 22)) * np.sin(t * (np.pi / 22))
-
-
-def _halves(s: Plane, t: Plane, tile: Plane) -> Plane:
-    return s / 6
-
-
-def _speckle(s: Plane, t: Plane, tile: Plane) -> Plane:
-    return tile[(s * 7).astype(np.intp) % _TILE_PX, (t * 7).astype(np.intp) % _TILE_PX]
-
-
-def _grid(s: Plane, t: Plane, tile: Plane) -> Plane:
-    return 4 * (np.minimum(_saw(s / 36), _saw(t / 36)) - 0.14)
-
-
-def _rings(s: Plane, t: Plane, tile: Plane) -> Plane:
-    return np.sin(np.hypot(s, t) * (2 * np.pi / _PERIOD_PX))
-
-
-def _spokes(s: Plane, t: Plane, tile: Plane) -> Plane:
-    return np.sin(np.arctan2(t, s) * 8)
-
-
-def _blobs(s: Plane, t: Plane, tile: Plane) -> Plane:
-    return 2 * tile[s.astype(np.intp) % _TILE_PX, t.astype(np.intp) % _TILE_PX]
-
-
-TEXTURES = (_stripes, _dots, _zigzag, _checker, _halves, _speckle, _grid, _rings, _spokes, _blobs)
+# Negative where the first colour shows, positive where the second does, about half of the area each.
+# (s, t) are pixels of the frame from the middle of the object; `tile` is smooth noise.
+TEXTURES: dict[str, Callable[[Plane, Plane, Plane], Plane]] = {
+    "stripes": lambda s, t, tile: np.sin(s * (2 * np.pi / 24)),
+    "dots": lambda s, t, tile: 6 * (np.hypot(_saw(s / 30), _saw(t / 30)) - 0.38),
+    "zigzag": lambda s, t, tile: np.sin((s + 28 * _saw(t / 36)) * (2 * np.pi / 22)),
+    "checker": lambda s, t, tile: 1.5 * np.sin(s * (np.pi / 22)) * np.sin(t * (np.pi / 22)),
+    "halves": lambda s, t, tile: s / 6,
+    "speckle": lambda s, t, tile: tile[(s * 7).astype(np.intp) % _TILE_PX, (t * 7).astype(np.intp) % _TILE_PX],
+    "grid": lambda s, t, tile: 4 * (np.minimum(_saw(s / 36), _saw(t / 36)) - 0.14),
+    "rings": lambda s, t, tile: np.sin(np.hypot(s, t) * (2 * np.pi / 24)),
+    "spokes": lambda s, t, tile: np.sin(np.arctan2(t, s) * 8),
+    "blobs": lambda s, t, tile: 2 * tile[s.astype(np.intp) % _TILE_PX, t.astype(np.intp) % _TILE_PX],
+}
 
 
 def form_of(label: int) -> tuple[int, int]:
@@ -257,9 +192,9 @@ def _paint(picture: _Picture, seed: int, tile: Plane) -> tuple[Image.Image, str 
     dx, dy = x[:, columns] - np.float32(middle[0]), y[rows] - np.float32(middle[1])
     shape, texture = form_of(picture.label)
     u, v = _rotate(dx / radius, dy / radius, rng.uniform(0, 2 * np.pi), stretch=rng.uniform(0.88, 1.14))
-    distance = SHAPES[shape](u, v)
+    distance = list(SHAPES.values())[shape](u, v)
     s, t = _rotate(dx, dy, rng.uniform(0, 2 * np.pi), stretch=rng.uniform(0.88, 1.14))
-    pattern = TEXTURES[texture](s, t, tile)
+    pattern = list(TEXTURES.values())[texture](s, t, tile)
     mix = np.clip(0.5 + 3 * pattern, 0, 1)
     inside = np.clip(0.5 - distance * (radius / scale), 0, 1)
     filled = colors[1][:, None, None] + mix * (colors[2] - colors[1])[:, None, None]
@@ -280,16 +215,10 @@ def _encode(image: Image.Image, odd: str | None) -> bytes:
     buffer = io.BytesIO()
     if odd == "png":
         image.save(buffer, "PNG", compress_level=1)
-    elif odd == "greyscale":
-        image.convert("L").save(buffer, "JPEG", quality=QUALITY)
-    elif odd == "cmyk":
-        image.convert("CMYK").save(buffer, "JPEG", quality=QUALITY)
-    elif odd == "progressive":
-        image.save(buffer, "JPEG", quality=QUALITY, progressive=True)
-    elif odd == "exif":
-        exif = Image.Exif()
-        exif[EXIF_ORIENTATION] = EXIF_ROTATED
-        image.save(buffer, "JPEG", quality=QUALITY, exif=exif)
-    else:
-        image.save(buffer, "JPEG", quality=QUALITY)
+        return buffer.getvalue()
+    mode = {"greyscale": "L", "cmyk": "CMYK"}.get(odd or "", "RGB")
+    exif = Image.Exif()
+    exif[EXIF_ORIENTATION] = EXIF_ROTATED
+    options: dict[str, Any] = {"exif": exif} if odd == "exif" else {}
+    image.convert(mode).save(buffer, "JPEG", quality=QUALITY, progressive=odd == "progressive", **options)
     return buffer.getvalue()

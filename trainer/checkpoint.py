@@ -1,5 +1,6 @@
-"""Checkpoints: written beside training, whole or refused, and how a run goes on from one."""
+"""Checkpoints: what one holds, how it is written beside training, and how a run goes on from it."""
 
+import contextlib
 import ctypes
 import hashlib
 import io
@@ -9,16 +10,16 @@ import re
 import shutil
 import threading
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, cast
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, NotRequired, TypedDict, cast
 
 import torch
 from torch import Tensor
 
 from pipeline.common.console import explain_os_error
 from pipeline.common.errors import UserError
+from pipeline.common.files import sync_folder
 from pipeline.manifest import MANIFEST
 from pipeline.options import stream_seed
 from pipeline.shards import ShardSet
@@ -28,35 +29,53 @@ from trainer.record.runs import CHECKPOINTS, CONFIG, LAST, read_config
 if TYPE_CHECKING:
     from trainer.config import Job
 
-
 CHECKPOINT_SCHEMA = 1
-_PLAIN = (str, bytes, int, float, bool, type(None))
+EPOCH = "epoch.pt"  # in a run's checkpoints: that of the end of its last whole epoch
+_STEP_NAME = re.compile(r"step-(\d{8,})\.pt")
+_POLL_S = 5.0  # how often ranks that wait for a write hear of it
 _NO_COMMENT = b"\0\0"  # a zip archive ends in the length of its comment and the comment
 _MARK = b"sha256 "
 _COMMENT_BYTES = len(_MARK) + 64
-_CHUNK_BYTES = 16 << 20
 # What torch raises on a sound file with senseless contents: that, too, ends in one line and not in a traceback.
 _SENSELESS = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, EOFError, OverflowError, AssertionError)
 
 
-def save(path: Path, state: dict[str, Any], progress: Callable[[], None] | None = None) -> None:
+class State(TypedDict):
+    """The contents of a checkpoint: whole, whatever the number of ranks and the parallel mode."""
+
+    model: dict[str, Tensor]  # by the names of AlexNet
+    optimizer: dict[str, Any]
+    schedule: dict[str, Any]
+    recipe: dict[str, Any]
+    num_classes: int
+    shards_fingerprint: str
+    seed: int  # the run's; the loader's, feed_seed, differs where an epoch has begun on another number of ranks
+    feed_seed: int
+    step: int  # done
+    epoch: int  # from 1: the one to go on in
+    time_s: float  # of training, without evaluations
+    best_error: float  # %, lowest top-1 error of an evaluation; infinite before the first
+    skipped: int  # updates left out with --on-nonfinite skip
+    is_best: bool
+    arithmetic: dict[str, str]  # what the last bits depend on besides
+    ranks: list[dict[str, Any]]  # of each rank: the loader's state, the sums since the last record, random states
+    schema: NotRequired[int]  # added by `save`
+
+
+def save(path: Path, state: Mapping[str, Any]) -> None:
     """Write `state` to `path`: readers see the old checkpoint or the whole new one, also after a power cut.
 
-    Adds the `schema` field. Needs no memory to speak of: tensors go to the file as they lie. `progress` is called after
-    every 16 MiB. The temporary file's name follows from the path's (`.NAME.tmp`), so that the next save to it replaces
-    what a killed one has left.
-
-    Raises OSError, with the path, when writing fails (a full disk): `path` is then as it was and no temporary file is
-    left. Raises TypeError for a value that `load` would refuse.
+    The file is what torch.save writes, its SHA-256 is the comment of the zip archive. Raises OSError, with the path,
+    when writing fails (a full disk): `path` is then as it was and no temporary file is left.
     """
-    state = {**state, "schema": CHECKPOINT_SCHEMA}
-    _check_plain(state, "state")
     temporary = _temporary(path)
     try:
-        with temporary.open("wb", buffering=0) as file:
-            sealing = Sealing(file, progress)
-            torch.save(state, cast(BinaryIO, sealing))  # all that it calls is write and flush
-            sealing.seal()
+        with temporary.open("w+b") as file:
+            writer = _Writer(file)
+            torch.save({**state, "schema": CHECKPOINT_SCHEMA}, cast(IO[bytes], writer))
+            if writer.error:
+                raise writer.error
+            seal(file)
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
@@ -64,11 +83,43 @@ def save(path: Path, state: dict[str, Any], progress: Callable[[], None] | None 
         raise
     finally:
         temporary.unlink(missing_ok=True)
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
+
+
+class _Writer:
+    """What torch.save writes to. It keeps the first OSError, which torch would turn into an unrelated error."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.error: OSError | None = None
+
+    def write(self, data: bytes | memoryview) -> int:
+        try:
+            if not self.error:
+                self._file.write(data)
+        except OSError as error:
+            self.error = error
+        return len(data)
+
+    def flush(self) -> None:
+        """For torch."""
+
+
+def seal(file: IO[bytes]) -> None:
+    """Put the SHA-256 of a zip archive, of all bytes before the digest's own, at its end as its comment."""
+    file.seek(-len(_NO_COMMENT), os.SEEK_END)
+    if file.read() != _NO_COMMENT:
+        raise RuntimeError("torch.save ended its archive with a comment; there is no room for the checksum")
+    file.seek(-len(_NO_COMMENT), os.SEEK_END)
+    file.write(_COMMENT_BYTES.to_bytes(2, "little") + _MARK)
+    file.seek(0)
+    digest = hashlib.file_digest(cast(Any, file), "sha256")
+    file.write(digest.hexdigest().encode())
+    file.flush()
 
 
 def load(path: Path) -> dict[str, Any]:
-    """The state saved in `path`, every tensor on the CPU.
+    """The state saved in `path` (`State`, where a run has saved it), every tensor on the CPU.
 
     Raises UserError for a file that is missing, cut short, altered, of another schema, or not a checkpoint of this
     project (one with pickled code, for instance, which is not run).
@@ -106,6 +157,17 @@ def is_sealed(path: Path) -> bool:
         return False
 
 
+def _broken_seal(data: bytes) -> str | None:
+    """What is wrong with the bytes of a checkpoint, if anything."""
+    if not data:
+        return "the file is empty"
+    if data[-_COMMENT_BYTES:-64] != _MARK:
+        return f"cut short, or not a checkpoint ({len(data)} bytes, no checksum at their end)"
+    if hashlib.sha256(memoryview(data)[:-64]).hexdigest().encode() != data[-64:]:
+        return "damaged (its checksum does not match)"
+    return None
+
+
 def link(source: Path, target: Path) -> None:
     """Make `target` the same file as `source`, atomically: a hard link, or a copy where links are not possible.
 
@@ -125,80 +187,7 @@ def link(source: Path, target: Path) -> None:
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)  # rename(2) leaves it where both already are one file
-    _sync_folder(target.parent)
-
-
-class Sealing:
-    """What torch writes its zip archive to: into `file`, and at the end, as the archive's comment, the SHA-256 of all
-    bytes before the digest's own."""
-
-    def __init__(self, file: BinaryIO | io.RawIOBase, progress: Callable[[], None] | None = None) -> None:
-        self._file, self._progress = file, progress
-        self._digest, self._held = hashlib.sha256(), b""
-        self._error: OSError | None = None
-
-    def write(self, data: bytes | memoryview) -> int:
-        """Never fails: torch's writer turns an exception into an unrelated one. `seal` raises what went wrong."""
-        view = memoryview(data).cast("B")
-        joined = self._held + bytes(view[-len(_NO_COMMENT) :])
-        if len(view) >= len(_NO_COMMENT):
-            self._write(memoryview(self._held))
-            self._write(view[: -len(_NO_COMMENT)])
-        else:
-            self._write(memoryview(joined)[: -len(_NO_COMMENT)])
-        self._held = joined[-len(_NO_COMMENT) :]  # to be replaced, if these are the archive's last
-        return len(view)
-
-    def flush(self) -> None:
-        """For torch; nothing is buffered but the last two bytes."""
-
-    def seal(self) -> None:
-        """Raises the OSError of the first write that failed."""
-        if self._held != _NO_COMMENT:
-            raise RuntimeError("torch.save ended its archive with a comment; there is no room for the checksum")
-        self._write(memoryview(_COMMENT_BYTES.to_bytes(2, "little") + _MARK))
-        self._write(memoryview(self._digest.hexdigest().encode()))
-        if self._error is not None:
-            raise self._error
-
-    def _write(self, view: memoryview) -> None:
-        self._digest.update(view)
-        while self._error is None and len(view):
-            try:
-                view = view[self._file.write(view[:_CHUNK_BYTES]) or 0 :]
-            except OSError as error:
-                self._error = error
-            if self._progress is not None:
-                self._progress()
-
-
-def _broken_seal(data: bytes) -> str | None:
-    """What is wrong with the bytes of a checkpoint, if anything."""
-    if not data:
-        return "the file is empty"
-    if data[-_COMMENT_BYTES:-64] != _MARK:
-        return f"cut short, or not a checkpoint ({len(data)} bytes, no checksum at their end)"
-    if hashlib.sha256(memoryview(data)[:-64]).hexdigest().encode() != data[-64:]:
-        return "damaged (its checksum does not match)"
-    return None
-
-
-def _check_plain(value: Any, where: str) -> None:
-    """Refuse now what `load` would refuse later, when the run is gone."""
-    if isinstance(value, torch.Tensor) or type(value) in _PLAIN:
-        return
-    if type(value) in (dict, OrderedDict):
-        for key, item in value.items():
-            _check_plain(key, f"a key of {where}")
-            _check_plain(item, f"{where}[{key!r}]")
-    elif type(value) in (list, tuple):
-        for position, item in enumerate(value):
-            _check_plain(item, f"{where}[{position}]")
-    else:
-        raise TypeError(
-            f"{where} is a {type(value).__module__}.{type(value).__qualname__}, which a checkpoint cannot hold; "
-            "make it a tensor, a container or a plain value first"
-        )
+    sync_folder(target.parent)
 
 
 def _brief(text: object) -> str:
@@ -206,31 +195,14 @@ def _brief(text: object) -> str:
 
 
 def _temporary(path: Path) -> Path:
+    """Its name follows from the path's, so that the next save replaces what a killed one has left."""
     return path.with_name(f".{path.name}.tmp")
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename last: the entry lives in the folder, not in the file."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _remedy(path: Path) -> str:
     others = sorted(other.name for other in path.parent.glob("*.pt") if other != path)
     beside = f" (beside it: {', '.join(others[:5])})" if others else ""
     return f"use another checkpoint of the run{beside} with --checkpoint PATH, or resume from another run"
-
-
-_STEP_NAME = re.compile(r"step-(\d{8,})\.pt")
-_POLL_S = 5.0  # how often ranks that wait for a write hear of it
-
-
-def step_name(step: int) -> str:
-    """The name of the checkpoint of a step."""
-    return f"step-{step:08d}.pt"
 
 
 def list_steps(folder: Path) -> dict[int, Path]:
@@ -247,13 +219,11 @@ class Snapshot:
     def __init__(self) -> None:
         self._buffers: dict[str, Tensor] = {}
         self._copied: torch.cuda.Event | None = None
-        self._on_gpu = False
 
     def take(self, state: Any) -> Any:
         """`state` with its tensors copied; those from a GPU have arrived after `wait`, as they were at this call."""
-        self._on_gpu, self._copied = False, None
         copy = self._copy(state, "")
-        if self._on_gpu:
+        if torch.cuda.is_initialized():
             self._copied = torch.cuda.Event()
             self._copied.record()
         return copy
@@ -264,35 +234,31 @@ class Snapshot:
 
     def _copy(self, value: Any, where: str) -> Any:
         if isinstance(value, Tensor):
-            self._on_gpu |= value.is_cuda
-            buffer = self._buffer(value, where)
+            buffer = self._buffers.get(where)
+            if buffer is None or (buffer.shape, buffer.dtype, buffer.stride()) != (
+                value.shape, value.dtype, value.stride()
+            ):  # fmt: skip
+                buffer = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda, requires_grad=False)
+                self._buffers[where] = buffer
             if value.device.type == "cpu" and value.stride() == buffer.stride():  # alike, and without gaps
                 # by one thread: it fills the memory's bandwidth, and several wait for the last where cores are taken
                 ctypes.memmove(buffer.data_ptr(), value.data_ptr(), value.nbytes)
                 return buffer
             return buffer.copy_(value.detach(), non_blocking=value.is_cuda)
         if isinstance(value, dict):
-            kind = OrderedDict if isinstance(value, OrderedDict) else dict
-            return kind((key, self._copy(item, f"{where}/{key}")) for key, item in value.items())
+            return type(value)((key, self._copy(item, f"{where}/{key}")) for key, item in value.items())
         if isinstance(value, list | tuple):
             return type(value)(self._copy(item, f"{where}/{number}") for number, item in enumerate(value))
         return value
-
-    def _buffer(self, like: Tensor, where: str) -> Tensor:
-        kept = self._buffers.get(where)
-        form = (like.shape, like.dtype, like.stride())
-        if kept is None or (kept.shape, kept.dtype, kept.stride()) != form:
-            kept = torch.empty_like(like, device="cpu", pin_memory=like.is_cuda, requires_grad=False)
-            self._buffers[where] = kept
-        return kept
 
 
 class Saver:
     """Saves the checkpoints of a run, from its first rank; the other ranks' savers do nothing but wait along.
 
     `folder`: of checkpoints; `keep`: so many of the last ones stay, besides what other names point to; `minutes`: after
-    so many without a save another one is due, 0: never. `before` is called before each write (in its thread), `tell`
-    with the step and a line about each write that failed, `alive` while a write makes progress that ranks wait for.
+    so many without a save another one is due, 0: never. `before` is called before each write (in its thread); `tell`
+    about each write that failed, with the step, what went wrong and which one is kept; `alive` while ranks wait for a
+    write that makes progress.
     """
 
     def __init__(
@@ -303,7 +269,7 @@ class Saver:
         keep: int,
         minutes: float,
         before: Callable[[], None],
-        tell: Callable[[int, str], None],
+        tell: Callable[[int, str, str], None],
         alive: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -312,24 +278,22 @@ class Saver:
         self._saved_s, self._snapshot = clock(), Snapshot()
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
-        self._step, self._num_chunks = 0, 0
+        self._step = 0
         if ranks.is_first:
             for left in folder.glob(".*.tmp"):  # by a killed run
                 left.unlink(missing_ok=True)
 
-    def prepare(self, state: dict[str, Any]) -> None:
+    def prepare(self, state: Mapping[str, Any]) -> None:
         """Take the memory for copies of `state` now, at the start, where nobody waits for it."""
-        if self._ranks.is_first and not self._is_writing():
+        if self._ranks.is_first and not self._is_writing():  # from that memory
             self._snapshot.take(state)
-            self._snapshot.wait()
 
     def is_due(self) -> bool:
         """Whether it is time for a save between epochs' ends; only the first rank knows."""
-        if not self._ranks.is_first or not self._period_s or self._is_writing():
-            return False
-        return self._clock() - self._saved_s >= self._period_s
+        is_possible = self._ranks.is_first and self._period_s and not self._is_writing()
+        return bool(is_possible) and self._clock() - self._saved_s >= self._period_s
 
-    def begin(self, state: dict[str, Any], step: int, names: tuple[str, ...] = ()) -> None:
+    def begin(self, state: Mapping[str, Any], step: int, names: tuple[str, ...] = ()) -> None:
         """Copy `state` and begin to write it; `names` and `last.pt` then mean it, too. Nothing may be under way."""
         if not self._ranks.is_first:
             return
@@ -337,45 +301,27 @@ class Saver:
             raise RuntimeError("a checkpoint is still being written")
         self.check()
         copy = self._snapshot.take(state)
-        self._saved_s, self._step, self._error = self._clock(), step, None
+        self._saved_s, self._step = self._clock(), step
         self._thread = threading.Thread(target=self._run, args=(copy, step, names), name="checkpoint", daemon=True)
         self._thread.start()
 
     def check(self) -> None:
         """Tell of a write that has failed. Raises what was no fault of the disk, UserError for weights not finite."""
-        if self._is_writing():
-            return
-        error, self._error = self._error, None
-        if isinstance(error, OSError):
-            self._tell(self._step, explain_os_error(error))
-        elif error is not None:
-            raise error
+        problem = self._take_problem()
+        if problem:
+            self._tell(self._step, *problem)
 
     def wait(self) -> None:
         """Until nothing is under way, then as `check`. Every rank calls it alike."""
-        seen = -1
-        while True:
-            if self._thread is not None:
-                self._thread.join(_POLL_S)
-            is_writing, num_chunks = gather((self._is_writing(), self._num_chunks), self._ranks)[0]
-            if num_chunks != seen:
-                seen = num_chunks
-                self._alive()
-            if not is_writing:
-                return self.check()
+        self._wait()
+        self.check()
 
     def finish(self) -> None:
         """As `wait`, but that the last save has failed is an error: UserError."""
-        failed: list[str] = []
-        tell, self._tell = self._tell, lambda _step, what: failed.append(what)
-        try:
-            self.wait()
-        finally:
-            self._tell = tell
-        if failed:
-            kept = next(iter(list_steps(self._folder)), None)
-            rest = f"the one of step {kept} is kept" if kept is not None else "there is none before it"
-            raise UserError(f"the last checkpoint, of step {self._step}, could not be saved: {failed[0]}; {rest}")
+        self._wait()
+        problem = self._take_problem()
+        if problem:
+            raise UserError(f"the last checkpoint, of step {self._step}, could not be saved: {'; '.join(problem)}")
 
     def close(self) -> None:
         """After an error: let a write that is under way end, and say no more. Of this rank alone."""
@@ -384,6 +330,34 @@ class Saver:
 
     def _is_writing(self) -> bool:
         return self._thread is not None and self._thread.is_alive()
+
+    def _wait(self) -> None:
+        seen, num_bytes = -1, 0
+        while True:
+            if self._thread is not None:
+                self._thread.join(_POLL_S)
+            with contextlib.suppress(FileNotFoundError):  # not begun, or renamed
+                num_bytes = _temporary(self._path(self._step)).stat().st_size
+            is_writing, num_bytes = gather((self._is_writing(), num_bytes), self._ranks)[0]
+            if num_bytes != seen:
+                seen = num_bytes
+                self._alive()
+            if not is_writing:
+                return
+
+    def _path(self, step: int) -> Path:
+        return self._folder / f"step-{step:08d}.pt"
+
+    def _take_problem(self) -> tuple[str, str] | None:
+        """What was wrong with the disk in the last write, and which checkpoint is kept; raises any other error."""
+        if self._is_writing() or self._error is None:
+            return None
+        error, self._error = self._error, None
+        if not isinstance(error, OSError):
+            raise error
+        kept = next(iter(list_steps(self._folder)), None)
+        rest = f"the one of step {kept} is kept" if kept is not None else "there is none before it"
+        return explain_os_error(error), rest
 
     def _run(self, state: dict[str, Any], step: int, names: tuple[str, ...]) -> None:
         try:
@@ -395,9 +369,9 @@ class Saver:
             self._error = error
 
     def _write(self, state: dict[str, Any], step: int, names: tuple[str, ...]) -> None:
-        path = self._folder / step_name(step)
+        path = self._path(step)
         self._folder.mkdir(exist_ok=True)  # whoever took it away: the next save is whole again
-        save(path, state, self._count)
+        save(path, state)
         for name in (*names, LAST):
             link(path, self._folder / name)
         steps = list_steps(self._folder)
@@ -406,29 +380,19 @@ class Saver:
             if number not in kept:  # older, or of a future that was left by going back to an earlier checkpoint
                 other.unlink()
 
-    def _count(self) -> None:
-        self._num_chunks += 1
-
 
 def _check_finite(state: dict[str, Any], step: int) -> None:
-    for part in ("model", "optimizer"):
-        for tensor in _tensors(state.get(part)):
-            if tensor.is_floating_point() and tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
-                raise UserError(
-                    f"after step {step} the {part}'s numbers are not finite, so no checkpoint is made of them; the one "
-                    "before is kept: go on from it with --resume, or begin anew with a lower --lr"
-                )
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict | list | tuple):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _tensors(item)
-
-
-EPOCH = "epoch.pt"  # in a run's checkpoints: that of the end of its last whole epoch
+    slots = state["optimizer"]["state"].values()
+    parts = {"model": [*state["model"].values()], "optimizer": [value for slot in slots for value in slot.values()]}
+    for part, values in parts.items():
+        numbers = [
+            value for value in values if isinstance(value, Tensor) and value.is_floating_point() and value.numel()
+        ]
+        if not all(torch.stack(value.aminmax()).isfinite().all() for value in numbers):
+            raise UserError(
+                f"after step {step} the {part}'s numbers are not finite, so no checkpoint is made of them; the one "
+                "before is kept: go on from it with --resume, or begin anew with a lower --lr"
+            )
 
 
 class Streams(NamedTuple):
@@ -447,14 +411,11 @@ def find_resumed(job: "Job", ranks: Ranks) -> Path | None:
 
 def find_launched(runs: Path, launch: str | None) -> Path | None:
     """The run that the launch of this name has made, if it came that far."""
-    if launch is None or not runs.is_dir():
-        return None
-    made = [path for path in runs.iterdir() if (path / CONFIG).is_file()]
-    made.sort(key=lambda path: (path / CONFIG).stat().st_mtime, reverse=True)
-    return next((path for path in made if read_config(path).get("launch_id") == launch), None)
+    made = sorted(runs.glob(f"*/{CONFIG}"), key=lambda path: path.stat().st_mtime, reverse=True) if launch else []
+    return next((path.parent for path in made if read_config(path.parent).get("launch_id") == launch), None)
 
 
-def load_resumed(job: "Job", folder: Path | None, warn: Callable[[str], None]) -> dict[str, Any] | None:
+def load_resumed(job: "Job", folder: Path | None, warn: Callable[[str], None]) -> State | None:
     """The checkpoint to go on from; None for a new run, and for one that died before its first checkpoint.
 
     The newest that is whole: `warn` is told of those that are not. Raises UserError if none is.
@@ -465,14 +426,14 @@ def load_resumed(job: "Job", folder: Path | None, warn: Callable[[str], None]) -
         path = folder / CHECKPOINTS / EPOCH
         if not path.is_file():
             raise UserError(f"{folder}: no epoch of it has ended, so there is none to restart from; start a new run")
-        return load(path)
+        return cast(State, load(path))
     saved = list_saved(folder / CHECKPOINTS)
     if not saved and (job.or_new or job.resume is None):
         return None
     problems: list[UserError] = []
     for path in saved or [folder / CHECKPOINTS / LAST]:
         try:
-            state = load(path)
+            state = cast(State, load(path))
         except UserError as error:
             problems.append(error)
         else:
@@ -491,7 +452,7 @@ def list_saved(folder: Path) -> list[Path]:
     return [last, *(path for path in steps if not path.samefile(last))]
 
 
-def check_resumable(saved: dict[str, Any], folder: Path | None, shards: ShardSet, ranks: Ranks) -> None:
+def check_resumable(saved: State, folder: Path | None, shards: ShardSet, ranks: Ranks) -> None:
     """Raises UserError for other shards, or another number of ranks inside an epoch."""
     num_ranks, step = len(saved["ranks"]), saved["ranks"][0]["loader"]["step"]
     if num_ranks != ranks.world_size and step:
@@ -516,7 +477,7 @@ def _ranks(number: int) -> str:
     return f"{number} rank" if number == 1 else f"{number} ranks"
 
 
-def choose_streams(seed: int, saved: dict[str, Any] | None, ranks: Ranks) -> Streams:
+def choose_streams(seed: int, saved: State | None, ranks: Ranks) -> Streams:
     """A new run's streams, or the saved ones' (their positions are in the checkpoint); with another number of ranks,
     streams that no epoch before has used."""
     feed, names = seed, ["dropout", ranks.rank]  # towers of one net, but noise of one's own

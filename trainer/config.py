@@ -1,19 +1,29 @@
-"""What a run is asked to do, and how careful it is to be.
-
-The decision that shaped it: plain, frozen and picklable, so that it is made once from flags, before anything heavy is
-imported, and handed to every rank. Left out: what is done with it (train.py).
-"""
+"""What a run is asked to do, and how careful it is to be: made once from flags, and handed to every rank."""
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from pipeline.common.console import Voice
 from pipeline.options import LoaderOptions
-from trainer.parallel import DATA, Parallel
 from trainer.recipe import Recipe
 
+Mode = Literal["data", "columns", "hybrid"]
+MODES: tuple[Mode, ...] = get_args(Mode)
 LOG_STEPS = 20  # a record every so many steps, and at the end of each epoch
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """How the net is spread over ranks, and how gradients are averaged where they are: in buckets of `bucket_mib`, sent
+    as `gradients`."""
+
+    mode: Mode = "data"
+    bucket_mib: float = 25.0
+    gradients: Literal["float32", "bf16"] = "float32"
+
+
+DATA = Parallel()
 
 
 @dataclass(frozen=True)
@@ -53,5 +63,4 @@ class Job:
     restart_epoch: bool = False
     or_new: bool = False
     voice: Voice = "words"
-    tensorboard: bool = False
     safety: Safety = Safety()

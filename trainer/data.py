@@ -1,4 +1,4 @@
-"""What a rank's training reads: the loader as the recipe wants it, over epochs, and where it is.
+"""What a rank trains on: the loader as the recipe wants it, epoch by epoch.
 
 Whatever makes the loader begin its random streams anew (another graph, another number of ranks from some epoch on)
 gives it a seed of its own, derived from the run's, so that no epoch is repeated.

@@ -1,12 +1,11 @@
 """Ranks: how they meet, agree and reduce. One process is a world of one, without a process group.
 
-The decision that shaped it: whoever starts ranks (our launcher, torchrun, a cluster) says so in torch's own names,
-and `join` reads only those. GPUs reduce with NCCL, everything on the CPU with gloo. Left out: starting ranks
-(launch.py, slurm.py) and stopping them (signals.py), exchanges within a step (exchange.py), and what is computed.
+Whoever starts ranks (launch.py, torchrun, a cluster) says so in torch's own variables.
 """
 
 import hashlib
 import os
+import signal
 import socket
 import time
 import uuid
@@ -72,6 +71,12 @@ def launch_id() -> str | None:
     if named == "none":  # torchrun's default is the same for every job: told apart by its process
         return f"none/{socket.gethostname()}/{os.getppid()}"
     return named
+
+
+def list_signals() -> list[signal.Signals]:
+    """The signals by which this process is told to stop: not SIGHUP where it is ignored, as under nohup."""
+    is_ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return [signal.SIGINT, signal.SIGTERM, *([] if is_ignored else [signal.SIGHUP])]
 
 
 @contextmanager

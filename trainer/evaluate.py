@@ -1,8 +1,6 @@
 """Top-1 and top-5 error on the validation images: centre crop or ten crops, each image counted once on any ranks.
 
-The decision that shaped it: only sums cross ranks (images, loss, mistakes), in float64, and the number of images is
-checked against the shards' manifest, so an error rate is of exactly the set it names. Left out: any crop or mean (the
-loader's), and the average of several nets (ensemble.py).
+Only sums cross ranks, in float64, and the number of images is checked against the shards' manifest.
 """
 
 from collections.abc import Callable

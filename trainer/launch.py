@@ -1,17 +1,16 @@
-"""Starting ranks, by this machine or by Slurm, and what is done when one dies."""
+"""Start ranks on this machine or under Slurm, and end them all when one dies."""
 
-import logging
 import math
 import multiprocessing
 import os
 import re
 import signal
-import threading
+import sys
 import time
 import traceback
 import uuid
 from collections.abc import Callable, MutableMapping
-from multiprocessing import resource_tracker
+from multiprocessing import connection, resource_tracker
 from types import FrameType
 from typing import Any
 
@@ -24,8 +23,7 @@ from pipeline.common.console import (
     warn,
 )
 from pipeline.common.errors import UserError
-from trainer.distributed import FAILURE, LAUNCH_ID, PEER_LOST, RESTART, is_first_to, is_peer_loss
-from trainer.safety import list_signals
+from trainer.distributed import FAILURE, LAUNCH_ID, PEER_LOST, RESTART, is_first_to, is_peer_loss, list_signals
 
 _STOPPED = (0, *(128 + number for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)))  # having saved
 STATUS_CRASHED, STATUS_PEER_LOST = 70, 75  # of a rank: a defect, whose traceback it has shown; another one is gone
@@ -36,26 +34,27 @@ _POLL_S = 0.25
 
 
 def launch(function: Callable[..., int], arguments: tuple[Any, ...], num_ranks: int, max_restarts: int = 0) -> int:
-    """Run `function` as `num_ranks` ranks of this machine under torch's elastic launcher; returns the exit status.
+    """Run `function` as `num_ranks` ranks of this machine; returns the exit status.
 
     A rank that dies takes the others down, within END_S; then all are started again, at most `max_restarts` times,
     unless what failed was a UserError, which would only come again. SIGINT, SIGTERM or SIGHUP to this process is passed
     on, so that the ranks save and leave, within SAVE_S; a second one (but SIGHUP) ends all at once.
     """
     os.environ[LAUNCH_ID] = uuid.uuid4().hex
-    _start_tracker()
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    resource_tracker.ensure_running()  # multiprocessing's helper, which has to outlive the terminal
+    signal.signal(signal.SIGHUP, before)
     restarts = 0
     while True:
         os.environ[RESTART] = str(restarts)
-        watch = _Watch()
-        status, rank = _launch_once(function, arguments, num_ranks, watch)
-        if watch.received and (status in _STOPPED or 128 - status in _STOPPED):  # or too early to save
-            return 128 + watch.received
+        status, rank, received = _launch_once(function, arguments, num_ranks)
+        if received and (status in _STOPPED or 128 - status in _STOPPED):  # or too early to save
+            return 128 + received
         if status in _STOPPED:
             return status
         told = status in (STATUS_FAILED, STATUS_CRASHED)
         what = f"rank {rank} failed" if told else f"rank {rank} {_name_end(status)}"
-        if status == STATUS_FAILED or restarts == max_restarts or watch.received:
+        if status == STATUS_FAILED or restarts == max_restarts or received:
             if told:
                 return STATUS_FAILED
             raise UserError(f"{what}; the last checkpoint is kept: go on with --resume, or start with --max-restarts N")
@@ -63,97 +62,64 @@ def launch(function: Callable[..., int], arguments: tuple[Any, ...], num_ranks: 
         warn(f"{what}: restart {restarts} of {max_restarts}, from the last checkpoint")
 
 
-def _start_tracker() -> None:
-    """multiprocessing's own helper ignores SIGINT and SIGTERM, but not that the terminal was closed."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    resource_tracker.ensure_running()
-    signal.signal(signal.SIGHUP, before)
+def _launch_once(function: Callable[..., int], arguments: tuple[Any, ...], num_ranks: int) -> tuple[int, int, int]:
+    """(status, rank) of the rank that ended it, a negative status is a signal's number; the signal received, or 0."""
+    import torch.distributed
+    import torch.multiprocessing
 
+    received: list[int] = []
 
-def _launch_once(
-    function: Callable[..., int], arguments: tuple[Any, ...], num_ranks: int, watch: "_Watch"
-) -> tuple[int, int]:
-    """(status, rank) of the rank that ended it; a negative status is a signal's number."""
-    from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=num_ranks,
-        run_id=os.environ[LAUNCH_ID],
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=0,
-        start_method="spawn",
-        logs_specs=DefaultLogsSpecs(log_dir=os.devnull),  # else a temporary folder that nobody removes
-        signals_to_handle="SIGQUIT",  # the others are ours
-    )
-    logging.disable(logging.CRITICAL)  # torch's launcher logs a trace of itself for every rank that ends
-    try:
-        with watch:
-            statuses = elastic_launch(config, _run_child)(function, arguments)
-    except ChildFailedError as failed:
-        rank, failure = failed.get_first_failure()
-        return int(failure.exitcode), rank
-    finally:
-        logging.disable(logging.NOTSET)
-    return max((int(status) for status in statuses.values()), default=STATUS_FAILED), 0
-
-
-class _Watch:
-    """For the length of a block, what torch's launcher does not do, or too late; a thread does it.
-
-    Passes a signal on to the ranks and sets them an end; ends a rank that waits in a GPU's kernel for another that has
-    died, since it hears no signal but SIGKILL and torch would give it 30 s.
-    """
-
-    def __init__(self) -> None:
-        self.received = 0
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._look_after, daemon=True)
-
-    def __enter__(self) -> None:
-        self._previous = {number: signal.signal(number, self._receive) for number in list_signals()}
-        self._thread.start()
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        self._thread.join()
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _receive(self, number: int, _frame: FrameType | None) -> None:
+    def receive(number: int, _frame: FrameType | None) -> None:
         ranks = multiprocessing.active_children()
         if number == signal.SIGHUP:
             leave_closed_terminal()
-            if self.received:  # the shell and the kernel may both send it
+            if received:  # the shell and the kernel may both send it
                 return
-        if self.received or not ranks:
+        if received or not ranks:
             for rank in ranks:
                 rank.kill()
             raise SystemExit(128 + number)
-        self.received = number
+        received.append(number)
 
-    def _look_after(self) -> None:
-        ranks: set[Any] = set()
-        told: set[Any] = set()
-        end_s = math.inf
-        while not self._over.wait(_POLL_S):
-            ranks.update(multiprocessing.active_children())
-            if self.received and not told:
-                warn(f"{signal.Signals(self.received).name}: the ranks save and leave; a second one ends them at once")
-                end_s = min(end_s, time.monotonic() + SAVE_S)
-            if self.received:
-                for rank in ranks - told:
-                    rank.terminate()  # never SIGINT, which a terminal has sent them already
-                told |= ranks
-            if any(rank.exitcode for rank in ranks):
-                end_s = min(end_s, time.monotonic() + END_S)
-            if time.monotonic() > end_s:
-                for rank in ranks:
-                    rank.kill()
+    previous = {number: signal.signal(number, receive) for number in list_signals()}
+    try:
+        store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        started = torch.multiprocessing.start_processes(
+            _run_child, (num_ranks, store.port, function, arguments), num_ranks, join=False
+        )
+        return *_watch(started.processes, received), received[0] if received else 0
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _watch(ranks: list[Any], received: list[int]) -> tuple[int, int]:
+    """Wait for the ranks' end: (status, rank). Ends them when one has failed or this process has `received` a signal,
+    by force in the end: a rank that waits in a GPU's kernel for another hears no signal but SIGKILL."""
+    first: tuple[int, int] | None = None
+    end_s, is_told = math.inf, False
+    while True:
+        alive = [rank for rank in ranks if rank.is_alive()]
+        failed = [(rank.exitcode, number) for number, rank in enumerate(ranks) if (rank.exitcode or 0) not in _STOPPED]
+        if received and not is_told:
+            is_told, end_s = True, min(end_s, time.monotonic() + SAVE_S)
+            warn(f"{signal.Signals(received[0]).name}: the ranks save and leave; a second one ends them at once")
+            _terminate(alive)  # never SIGINT, which a terminal has sent them already
+        if failed and first is None:
+            first = min(failed, key=lambda end: end[0] == STATUS_PEER_LOST)
+            end_s = min(end_s, time.monotonic() + END_S)
+            _terminate(alive)
+        if time.monotonic() > end_s:
+            for rank in alive:
+                rank.kill()
+        if not alive:
+            return first or (max(rank.exitcode for rank in ranks), 0)
+        connection.wait([rank.sentinel for rank in alive], _POLL_S)
+
+
+def _terminate(ranks: list[Any]) -> None:
+    for rank in ranks:
+        rank.terminate()
 
 
 def _name_end(status: int) -> str:
@@ -163,21 +129,18 @@ def _name_end(status: int) -> str:
     return f"was killed by {signal.Signals(-status).name}{hint}"
 
 
-def _run_child(function: Callable[..., int], arguments: tuple[Any, ...]) -> int:
+def _run_child(rank: int, world_size: int, port: int, function: Callable[..., int], arguments: tuple[Any, ...]) -> None:
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+        TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT="0",  # the store is the launcher's
+    )  # fmt: skip
+    os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")  # as torchrun has it
     take_streams()
     status = flush_results(run_as_rank(function, *arguments))
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # nothing is left to stop, and torch's launcher
-        signal.signal(number, signal.SIG_IGN)  # would wait for ever for a rank that dies while it waits to be asked
-    threading.Thread(target=_leave_with_launcher, args=(status,), daemon=True).start()
-    return status
-
-
-def _leave_with_launcher(status: int) -> None:
-    """If it was killed: this rank has saved, but torch would have it wait to be asked for ever."""
-    launcher = multiprocessing.parent_process()
-    if launcher is not None:
-        launcher.join()
-        os._exit(status)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # nothing is left to stop
+        signal.signal(number, signal.SIG_IGN)
+    sys.exit(status)
 
 
 def run_as_rank(function: Callable[..., int], *arguments: Any) -> int:
@@ -200,12 +163,9 @@ def _tell(error: Exception) -> int:
         return STATUS_PEER_LOST
     if not is_first_to(FAILURE):
         return STATUS_FAILED if isinstance(error, UserError) else STATUS_CRASHED
-    if isinstance(error, UserError):
-        warn(f"error: rank {rank}: {error}")
-        return STATUS_FAILED
-    if isinstance(error, OSError):
-        warn(f"error: rank {rank}: {explain_os_error(error)}")
-        return STATUS_CRASHED
+    if isinstance(error, UserError | OSError):
+        warn(f"error: rank {rank}: {error if isinstance(error, UserError) else explain_os_error(error)}")
+        return STATUS_FAILED if isinstance(error, UserError) else STATUS_CRASHED
     warn("".join(traceback.format_exception(error)).rstrip())
     warn(f"error: rank {rank} failed: {type(error).__name__}: {' '.join(str(error).split())}")
     return STATUS_CRASHED

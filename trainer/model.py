@@ -1,16 +1,17 @@
-"""AlexNet as printed in 2012.
+"""AlexNet as printed in 2012; everything in which the paper and the released source differ is a field of the recipe.
 
-The decision that shaped it: the two GPUs of the paper are groups of a convolution (`num_towers`), so one network is
-both columns, and everything in which the paper and the released source differ is a field of the recipe. Left out: how
-local response normalisation is computed (lrn.py), how the towers are spread over real GPUs, and every other network.
-
+The two GPUs of the paper are groups of a convolution (`num_towers`), so one network is both columns.
 P = Krizhevsky, Sutskever & Hinton, NIPS 2012, with the section; S = the 2012 source released in 2025, net 145.
 """
+
+import math
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from pipeline.options import CROP_SIZE_PX
 from trainer.kernels.lrn import local_response_norm, spatial_response_norm
 from trainer.recipe import Recipe
 
@@ -128,3 +129,37 @@ def init_std(init: str, layer: str, weight: Tensor) -> float:
     if init == "original" and layer in ("conv3", "conv4", "conv5"):
         return 0.03
     return 0.01
+
+
+class Shapes(NamedTuple):
+    """One layer's weight and bias, and what it takes and gives for an image: (maps, rows, columns) or (units,)."""
+
+    weight: tuple[int, ...]
+    bias: tuple[int, ...]
+    taken: tuple[int, ...]
+    given: tuple[int, ...]
+
+    @property
+    def num_parameters(self) -> int:
+        return math.prod(self.weight) + math.prod(self.bias)
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of one image's forward pass."""
+        return math.prod(self.given) * math.prod(self.weight[1:])
+
+
+def shapes_of(recipe: Recipe, num_classes: int = 1000) -> dict[str, Shapes]:
+    """Every layer's, in order, read from a net that sees one image on the "meta" device: no memory, no arithmetic."""
+    shapes: dict[str, Shapes] = {}
+    with torch.device("meta"):
+        model, image = AlexNet(recipe, num_classes), torch.empty(1, 3, CROP_SIZE_PX, CROP_SIZE_PX)
+    for name, layer in model.named_children():
+
+        def note(layer: nn.Module, inputs: Any, output: Tensor, name: str = name) -> None:
+            weight, bias = (tuple(layer.get_parameter(kind).shape) for kind in ("weight", "bias"))
+            shapes[name] = Shapes(weight, bias, tuple(inputs[0].shape[1:]), tuple(output.shape[1:]))
+
+        layer.register_forward_hook(note)
+    model(image)
+    return shapes

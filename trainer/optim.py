@@ -1,17 +1,10 @@
 """The paper's update rule, and when its rates change.
 
-The decision that shaped it: the rate stands inside the velocity, as P 5 prints it. torch's SGD multiplies the velocity
-by the rate afterwards, so there a cut also shrinks the steps already begun; here they run on at the old size. Rates are
-set before each step, as functions of the epoch wherever they can be, so a resumed run needs nearly no schedule state.
-Left out: other optimisers, and gradient clipping.
-
 P = Krizhevsky, Sutskever & Hinton, NIPS 2012, with the section; S = the 2012 source released in 2025, net 145.
 """
 
 import math
 from abc import ABC, abstractmethod
-from collections import defaultdict
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,56 +12,53 @@ from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
 from pipeline.common.errors import UserError
-from trainer.kernels.native import load_native
 from trainer.recipe import Recipe
 
 _CUT = 10.0  # P 5: "divide the learning rate by 10"; S the same
 _ROUNDING = 1e-9  # points of error; 30.2 - 30.1 falls short of 0.1 in floating point
 
 
-class PaperSGD(torch.optim.Optimizer):
-    """v := momentum * v - decay * lr * w - lr * g; w := w + v (P 5). State: "velocity", one per parameter.
+class PaperSGD(torch.optim.SGD):
+    """v := momentum * v - weight_decay * lr * w - lr * g; w := w + v (P 5), in one pass over memory.
 
-    Each group holds lr, momentum and decay. In a group with lr 0 nothing moves: the velocity keeps its value and is not
-    applied (S). Parameters without a gradient are passed over.
+    torch's rule applies the rate behind its buffer, so that a cut also shrinks the steps already begun. Here v is
+    -buffer_lr * momentum_buffer, and where a group's rate changes, its momentum of that step is multiplied by the old
+    rate over the new. In a group with lr 0 nothing moves, the velocity neither (S); nor where there is no gradient.
     """
 
-    def __init__(self, params: ParamsT, lr: float, momentum: float = 0.9, decay: float = 0.0005) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum, "decay": decay})
+    def __init__(self, params: ParamsT, lr: float, momentum: float = 0.9, weight_decay: float = 0.0005) -> None:
+        super().__init__(params, lr, momentum, weight_decay=weight_decay, fused=True)
+        self.register_step_pre_hook(_put_rate_into_velocity)  # a step() of our own would call others' hooks twice
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One update from the gradients at hand; returns the closure's loss where one is given."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        alike: dict[tuple[float, ...], list[Tensor]] = defaultdict(list)  # one pass for all groups with equal constants
-        for group in self.param_groups:
-            if group["lr"] != 0.0:
-                constants = (group["lr"], group["momentum"], group["decay"])
-                alike[constants] += [weight for weight in group["params"] if weight.grad is not None]
-        for (lr, momentum, decay), weights in alike.items():
-            self._update(weights, lr, momentum, decay)
-        return loss
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As `state_dict` gave it, or an earlier version, whose state was the velocity itself."""
+        groups, state = state_dict["param_groups"], state_dict["state"]
+        if any("decay" in group for group in groups):
+            groups = [{**self.defaults, **group, "weight_decay": group["decay"], "buffer_lr": 1.0} for group in groups]
+            groups = [{name: group[name] for name in group if name != "decay"} for group in groups]
+            state = {index: {"momentum_buffer": -values["velocity"]} for index, values in state.items()}
+        super().load_state_dict({"param_groups": groups, "state": state})
 
-    def _update(self, weights: list[Tensor], lr: float, momentum: float, decay: float) -> None:
-        for weight in weights:
-            if "velocity" not in self.state[weight]:
-                self.state[weight]["velocity"] = torch.zeros_like(weight)
-        moved = [(weight, self.state[weight]["velocity"], weight.grad) for weight in weights if weight.grad is not None]
-        native = load_native() if weights and weights[0].device.type == "cpu" else None
-        if native is not None:  # one pass over memory where it can be, to the same bits
-            for one in filter(native.can_update, moved):
-                native.update(*one, lr, momentum, decay * lr)
-            moved = [one for one in moved if not native.can_update(one)]
-        if moved:
-            now, velocities, gradients = map(list, zip(*moved, strict=True))
-            torch._foreach_mul_(velocities, momentum)
-            if decay != 0.0:
-                torch._foreach_add_(velocities, now, alpha=-decay * lr)
-            torch._foreach_add_(velocities, gradients, alpha=-lr)
-            torch._foreach_add_(now, velocities)
+
+def _put_rate_into_velocity(optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
+    for group in optimizer.param_groups:
+        lr, moved = group["lr"], [weight for weight in group["params"] if weight.grad is not None]
+        if lr == 0.0:
+            for weight in moved:
+                weight.grad = None  # torch passes it over
+        elif moved:
+            group["momentum"] = optimizer.defaults["momentum"] * group.get("buffer_lr", lr) / lr
+            group["buffer_lr"] = lr
+            for weight in moved:
+                state = optimizer.state[weight]
+                buffer = state.get("momentum_buffer")
+                state["momentum_buffer"] = torch.zeros_like(weight) if buffer is None else _lay_out(buffer, weight)
+                weight.grad = _lay_out(weight.grad, weight)
+
+
+def _lay_out(values: Tensor, like: Tensor) -> Tensor:
+    """In memory as `like`: torch's fused kernel on the CPU does not look at strides."""
+    return values if values.stride() == like.stride() else torch.empty_like(like).copy_(values)
 
 
 def make_optimizer(model: nn.Module, recipe: Recipe) -> PaperSGD:
@@ -77,7 +67,7 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> PaperSGD:
     for name, parameter in model.named_parameters():
         layer, _, kind = name.removeprefix("module.").rpartition(".")  # DistributedDataParallel adds the prefix
         decay = recipe.bias_decay if kind == "bias" and recipe.bias_decay is not None else recipe.weight_decay
-        groups.append({"params": [parameter], "layer": layer, "kind": kind, "decay": decay})
+        groups.append({"params": [parameter], "layer": layer, "kind": kind, "weight_decay": decay})
     return PaperSGD(groups, lr=recipe.lr, momentum=recipe.momentum)
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -14,8 +14,9 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.common.errors import UserError
+from trainer.config import Mode, Parallel
 from trainer.distributed import Ranks
-from trainer.model import AlexNet
+from trainer.model import AlexNet, shapes_of
 from trainer.recipe import Recipe
 
 Kind = Literal["parameters", "activations", "input"]
@@ -138,21 +139,7 @@ class SumOfParts(torch.autograd.Function):
         return whole.to(part_dtype), whole.sum(0).to(bias_dtype)
 
 
-Mode = Literal["data", "columns", "hybrid"]
-MODES: tuple[Mode, ...] = get_args(Mode)
 _CONVOLUTIONS, _BY_UNIT = ("conv1", "conv2", "conv3", "conv4", "conv5"), ("fc6", "fc7")
-
-
-@dataclass(frozen=True)
-class Parallel:
-    """The mode, and how gradients are averaged where they are: in buckets of `bucket_mib`, as `gradients`."""
-
-    mode: Mode = "data"
-    bucket_mib: float = 25.0
-    gradients: Literal["float32", "bf16"] = "float32"
-
-
-DATA = Parallel()
 
 
 def check(mode: Mode, recipe: Recipe, world_size: int) -> None:
@@ -176,17 +163,12 @@ def check(mode: Mode, recipe: Recipe, world_size: int) -> None:
                 "use --parallel data or hybrid"
             )
     if mode == "hybrid":
-        units = _count_units(recipe)
+        (units,) = shapes_of(recipe)["fc6"].given
         if units % world_size:
             raise UserError(
                 f"--parallel hybrid: {units} units of fc6 and fc7 cannot be divided among {world_size} ranks; "
                 "use a number that divides them, or --parallel data"
             )
-
-
-def _count_units(recipe: Recipe) -> int:
-    with torch.device("meta"):
-        return AlexNet(recipe, 1).fc6.out_features
 
 
 class Split:

@@ -1,4 +1,4 @@
-"""What ends a run: losses that are not finite, steps that hang, too little GPU memory, a signal."""
+"""What ends a run: losses that are not finite, steps that hang, a signal."""
 
 import contextlib
 import faulthandler
@@ -13,8 +13,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import FrameType, TracebackType
-from typing import Any, Literal, Protocol
+from types import FrameType
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -24,7 +24,7 @@ from pipeline.common.console import explain_os_error, leave_closed_terminal, sho
 from pipeline.common.errors import UserError
 from pipeline.manifest import KEY_DIGITS
 from trainer.config import LOG_STEPS
-from trainer.distributed import Ranks, gather, is_first_to, reduce_sum, under_launcher
+from trainer.distributed import Ranks, gather, is_first_to, list_signals, reduce_sum, under_launcher
 from trainer.record.runs import CHECKPOINTS
 
 NONFINITE = "nonfinite.jsonl"  # in a run's folder
@@ -134,12 +134,15 @@ _STDERR = 2
 START_S = 1800.0  # the least that a start may take: other machines may still be downloading shards
 _ANSWER_S = 1.0  # for another process to write its stacks, or for the ranks' store to say who is first
 _LEAVE_S = 5.0  # a rank that is not the first to find it lets that one speak
+_STATES = {"R": "running", "S": "sleeping", "D": "waiting for a disk", "T": "stopped", "Z": "ended"}
 
 
 class Watchdog:
     """`with Watchdog(ranks, timeout_s) as watchdog: ... watchdog.beat("step 5")`. Every rank makes one alike.
 
-    From the first beat on, nothing may take longer than `timeout_s`; until then, START_S if that is longer.
+    From the first beat on, nothing may take longer than `timeout_s`; until then, START_S if that is longer. A process
+    that was frozen (Ctrl-Z) has not hung: time is counted in ticks. faulthandler's timer, which is less kind, ends a
+    process in which not even these ticks come.
     """
 
     def __init__(
@@ -156,10 +159,10 @@ class Watchdog:
         self._tick_s = min(timeout_s / 10, 5.0)
         self._limit_s = max(timeout_s, START_S)
         self._idle_s, self._last_s, self._after = 0.0, clock(), "the start"
-        self._beats, self._seen = 0, 0
+        self._has_moved = False
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
-        self._peers: Sequence[tuple[int, str, int]] = ()
+        self._peers: list[tuple[int, str, int]] = []
 
     def __enter__(self) -> "Watchdog":
         faulthandler.register(signal.SIGUSR1, file=_STDERR, all_threads=True)
@@ -168,9 +171,7 @@ class Watchdog:
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._over.set()
         self._thread.join()
         faulthandler.cancel_dump_traceback_later()
@@ -178,8 +179,7 @@ class Watchdog:
 
     def beat(self, after: str) -> None:
         """Something has moved: `after` says what, in the words of "nothing has moved since ..."."""
-        self._after, self._limit_s = after, self._timeout_s
-        self._beats += 1
+        self._after, self._limit_s, self._has_moved = after, self._timeout_s, True
 
     def _watch(self) -> None:
         while not self._over.wait(self._tick_s):
@@ -191,8 +191,8 @@ class Watchdog:
         """Count the time since the tick before, one and a half ticks at the most; True once this has ended the run."""
         now_s = self._clock()
         passed_s, self._last_s = now_s - self._last_s, now_s
-        if self._beats != self._seen:
-            self._seen, self._idle_s = self._beats, 0.0
+        if self._has_moved:
+            self._has_moved, self._idle_s = False, 0.0
             return False
         self._idle_s += min(max(passed_s, 0.0), 1.5 * self._tick_s)
         if self._idle_s < self._limit_s:
@@ -244,90 +244,11 @@ def dump_stacks() -> str:
 
 def find_state(process: int) -> str:
     """What Linux says about a process: one that is stopped, or waits for a disk, shows no stacks."""
-    names = {"R": "running", "S": "sleeping", "D": "waiting for a disk", "T": "stopped", "Z": "ended"}
     try:
         letter = Path(f"/proc/{process}/stat").read_text(encoding="ascii").rpartition(")")[2].split()[0]
     except (OSError, IndexError):
         return "gone"
-    return names.get(letter, letter)
-
-
-_SPARE = 0.05  # of the memory: the allocator's gaps
-_ROUND = 8  # local batches of at least twice this are a multiple of it
-
-
-class Meter(Protocol):
-    """Memory of a device, in bytes."""
-
-    def reset(self) -> None:
-        """Give back what is not used, and measure from now on."""
-
-    def peak(self) -> int:
-        """The most that has been held since `reset`."""
-
-    def available(self) -> int:
-        """All that the training could hold."""
-
-
-class GpuMeter:
-    """Of the current GPU, as far as torch is concerned: what others hold there (the decoder) is not available."""
-
-    def reset(self) -> None:
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-
-    def peak(self) -> int:
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated()
-
-    def available(self) -> int:
-        self.reset()
-        return torch.cuda.mem_get_info()[0] + torch.cuda.memory_allocated()
-
-
-def find_fitting_batch(run: Callable[[int], None], meter: Meter, tried: int, later_bytes: int = 0) -> int | None:
-    """The largest batch below `tried` that should fit; None if not even two images do.
-
-    `run` takes a step of so many images. `later_bytes`: what is not held yet, and will be (a first step's velocity).
-    """
-    small = max(1, tried // 16)
-    while True:
-        try:
-            low, high = (_measure(run, meter, number) for number in (small, 2 * small))
-            break
-        except torch.OutOfMemoryError:
-            if small == 1:
-                return None
-        small = max(1, small // 4)
-    each = max((high - low) / small, 1.0)
-    fixed = low - each * small + later_bytes
-    number = min(int((meter.available() * (1 - _SPARE) - fixed) / each), tried - 1)
-    if number >= 2 * _ROUND:
-        number -= number % _ROUND
-    return number if number >= 1 else None
-
-
-def _measure(run: Callable[[int], None], meter: Meter, number: int) -> int:
-    meter.reset()
-    run(number)
-    return meter.peak()
-
-
-def explain(tried: int, fitting: int | None, world_size: int, *, is_measured: bool = True) -> str:
-    """One line with the remedy; `tried` and `fitting` are images on each rank."""
-    each = f" ({tried} on each of {world_size} GPUs)" if world_size > 1 else ""
-    what = f"out of GPU memory with --global-batch-size {tried * world_size}{each}"
-    if fitting is None:
-        return f"{what}; no batch would fit here: see with nvidia-smi who holds its memory, or use --set width=0.5"
-    how = "two smaller steps were measured" if is_measured else "half of it, not measured"
-    return f"{what}; --global-batch-size {fitting * world_size} would fit ({how})"
-
-
-def list_signals() -> list[signal.Signals]:
-    """The signals by which this process is told to stop."""
-    is_ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-    return [signal.SIGINT, signal.SIGTERM, *([] if is_ignored else [signal.SIGHUP])]
+    return _STATES.get(letter, letter)
 
 
 class StopRequest:
@@ -346,9 +267,7 @@ class StopRequest:
             self._previous[number] = signal.signal(number, self._receive)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 

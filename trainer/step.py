@@ -1,8 +1,4 @@
-"""What learns: the network, its update rule and its schedule, on this rank.
-
-The decision that shaped it: one object is what the training loop and every measurement of a step use, so that what is
-timed is what trains. Left out: data (feed.py), epochs and records (train.py).
-"""
+"""One training step on this rank: network, update rule and rates, for the training loop and for every measurement."""
 
 import time
 from collections.abc import Callable
@@ -12,14 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from trainer.config import DATA, Parallel
 from trainer.distributed import Ranks
 from trainer.evaluate import choose_dtype
 from trainer.kernels.native import keep_freed_memory, release_freed_memory
 from trainer.model import AlexNet
 from trainer.optim import make_optimizer, make_schedule
 from trainer.parallel import (
-    DATA,
-    Parallel,
     Split,
     connect,
     cut_model,
@@ -30,7 +25,6 @@ from trainer.parallel import (
     whole_model,
 )
 from trainer.recipe import Recipe
-from trainer.safety import Meter, explain, find_fitting_batch
 
 REST_S = 60.0
 
@@ -55,6 +49,16 @@ def train_step(
     if may_update is None or may_update(loss):
         optimizer.step()
     return logits
+
+
+def explain_out_of_memory(error: torch.OutOfMemoryError, global_batch_size: int, world_size: int) -> str:
+    """One line: what torch says of the memory, the batch, and what to type instead."""
+    what = ". ".join(" ".join(str(error).split()).split(". ")[:3])
+    local_size = global_batch_size // world_size
+    each = f" ({local_size} on each of {world_size} GPUs)" if world_size > 1 else ""
+    smaller = f"--global-batch-size {local_size // 2 * world_size} or more --gpus"
+    remedy = smaller if local_size > 1 else "--set width=0.5"
+    return f"{what}, with --global-batch-size {global_batch_size}{each}; use {remedy}"
 
 
 class Learner:
@@ -96,27 +100,6 @@ class Learner:
     def step(self, images: Tensor, labels: Tensor, may_update: Callable[[Tensor], bool] | None = None) -> Tensor:
         """One update at the schedule's rates, unless `may_update` says no. Returns the logits."""
         return train_step(self.net, self.optimizer, images, labels, self.dtype, may_update)
-
-    def explain_out_of_memory(self, images: Tensor, labels: Tensor, meter: Meter) -> str:
-        """Which batch would fit, after a step with these did not: one line. Only this rank computes."""
-        tried, world_size = len(labels), self.split.world_size
-        self.optimizer.zero_grad()
-        if self.split.mode != "data":
-            return explain(tried, max(1, tried // 2), world_size, is_measured=False)
-        weights = list(self.model.parameters())
-        later = sum(weight.nbytes for weight in weights if not self.optimizer.state.get(weight))
-        return explain(tried, find_fitting_batch(self._try(images, labels), meter, tried, later), world_size)
-
-    def _try(self, images: Tensor, labels: Tensor) -> Callable[[int], None]:
-        def run(number: int) -> None:
-            """A step's forward and backward, of weights that share the net's memory but not its hooks."""
-            weights = {name: weight.detach().requires_grad_() for name, weight in self.model.named_parameters()}
-            with torch.autocast(images.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-                logits = torch.func.functional_call(self.model, weights, (images[:number],))
-                loss = functional.cross_entropy(logits, labels[:number])
-            loss.backward()
-
-        return run
 
     def state_dict(self) -> dict[str, Any]:
         return {

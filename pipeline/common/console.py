@@ -14,9 +14,9 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import click
@@ -53,15 +53,8 @@ class Command(click.Command):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """As click's own."""
         super().__init__(*args, **kwargs)
-        self.params.append(
-            click.Option(
-                ["--debug"],
-                is_flag=True,
-                expose_value=False,
-                callback=_set_debug,
-                help="Show the traceback of an error.",
-            )
-        )
+        words: dict[str, Any] = {"callback": _set_debug, "help": "Show the traceback of an error."}
+        self.params.append(click.Option(["--debug"], is_flag=True, expose_value=False, **words))
 
     def invoke(self, ctx: click.Context) -> Any:
         """As click's own, which leaves without a word at any broken pipe: only at that of stdout."""
@@ -94,10 +87,9 @@ class _Remarks(io.FileIO):
     """stderr: what it cannot take is lost in silence."""
 
     def write(self, data: "ReadableBuffer", /) -> int:
-        try:
+        with contextlib.suppress(OSError):
             return super().write(data) or memoryview(data).nbytes  # None: full, and told not to wait
-        except OSError:
-            return memoryview(data).nbytes
+        return memoryview(data).nbytes
 
 
 def take_streams() -> None:
@@ -136,9 +128,9 @@ def flush_results(status: int) -> int:
         sys.stdout.flush()
     except OSError as error:
         _discard(sys.stdout.fileno())
-        if status:  # told already
-            return status
-        return STATUS_FAILED if isinstance(error, BrokenPipeError) else _complain_of(error)
+        if not status and not isinstance(error, BrokenPipeError):  # else it is told already, or nobody listens
+            _complain(f"error: {explain_os_error(error)}", STATUS_FAILED)
+        return status or STATUS_FAILED
     return status
 
 
@@ -160,7 +152,7 @@ def run(command: click.Command) -> NoReturn:
     except UserError as error:
         status = _complain(f"error: {error}", STATUS_FAILED)
     except OSError as error:
-        status = _complain_of(error)
+        status = _complain(f"error: {explain_os_error(error)}", STATUS_FAILED)
     except SystemExit as left:
         status = left.code if isinstance(left.code, int) else STATUS_FAILED if left.code else 0
     except Exception as error:  # noqa: BLE001 - a defect of ours, reported as one
@@ -212,17 +204,14 @@ def _complain(line: str, status: int) -> int:
     return status
 
 
-def _complain_of(error: OSError) -> int:
-    return _complain(f"error: {explain_os_error(error)}", STATUS_FAILED)
-
-
 def explain_os_error(error: OSError) -> str:
     """One line for a failed system call: what, which file, what to do."""
+    permissions = "choose a folder you may write, or change its permissions"
     remedies = {
         errno.ENOSPC: "free some space or choose another folder",
         errno.EDQUOT: "free some of your quota or choose another folder",
-        errno.EACCES: "choose a folder you may write, or change its permissions",
-        errno.EPERM: "choose a folder you may write, or change its permissions",
+        errno.EACCES: permissions,
+        errno.EPERM: permissions,
         errno.EROFS: "choose a folder on a writable file system",
         errno.ENOTDIR: "a part of that path is a file; choose another folder",
     }
@@ -298,8 +287,8 @@ class Progress:
         self._label, self._total, self._unit = label, total, unit
         self._done = 0
         self._start_s = self._said_s = time.monotonic()
-        self._draw: Callable[[str], None] | None = None
         self._bar: Any = None
+        self._task: Any = None
 
     def __enter__(self) -> "Progress":
         if _voice == "words" and sys.stderr.isatty():
@@ -309,14 +298,11 @@ class Progress:
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
             notes = (TextColumn("{task.fields[notes]}"), TimeRemainingColumn())
             self._bar = Progress(*columns, *notes, console=Console(stderr=True))
-            task = self._bar.add_task(self._label, total=self._total, notes="")
-            self._draw = lambda notes: self._bar.update(task, completed=self._done, notes=notes)
+            self._task = self._bar.add_task(self._label, total=self._total, notes="")
             self._bar.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         if self._bar is not None:
             with contextlib.suppress(OSError):  # the terminal was closed: the work went on
                 self._bar.stop()
@@ -327,8 +313,8 @@ class Progress:
         now_s = time.monotonic()
         rate = self._done / max(now_s - self._start_s, 1e-9)
         shown = "  ".join([f"{rate:,.0f} {self._unit}/s", *(f"{name} {value}" for name, value in notes.items())])
-        if self._draw:
-            self._draw(shown)
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self._done, notes=shown)
         elif now_s - self._said_s >= PLAIN_INTERVAL_S:
             self._said_s = now_s
             left_s = (self._total - self._done) / max(rate, 1e-9)

@@ -1,15 +1,14 @@
 """Any image's bytes -> RGB pixels, or the reason why not.
 
-libjpeg-turbo, told to stop at its first warning, decodes every JPEG; a file that it objects to is used only if a copy
-mended in its headers passes, and then counts as repaired. Orientation in EXIF and colour profiles are ignored,
-transparency is dropped, the first frame of an animation is taken, CMYK and YCCK are read by Adobe's convention
-(inverted) where Adobe's marker is, else as ink. Pillow reads the other formats.
+libjpeg-turbo decodes every JPEG and stops at its first warning. A file that it refuses is used only if a copy with
+mended headers and an end marker passes, and counts as repaired. Orientation in EXIF and colour profiles are ignored,
+transparency is dropped, the first frame of an animation is taken; CMYK and YCCK are inverted where Adobe's marker is.
+Pillow reads the other formats.
 """
 
 import io
 import re
 import warnings
-from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -18,7 +17,6 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from pipeline.images.jpegfile import SOI, SOS, Survey, is_plain, survey
 from pipeline.manifest import IMAGE_SIZE_PX
 
 # A file of more pixels is refused from its header, before anything is decoded. ImageNet's largest has about 20 million.
@@ -34,6 +32,14 @@ DIVISORS = (8, 4, 2)
 _MAX_16_BIT = 65535
 _EXTRANEOUS_AT_END = re.compile(r"(\d+) extraneous bytes before marker 0xd9")
 _OUT_OF_MEMORY = re.compile("Insufficient memory|[Cc]an't allocate memory")
+
+# Markers of a JPEG (ITU-T T.81, annex B). Within a scan, RSTn is data.
+_SOI, _EOI, _SOS, _APP0, _APP14 = b"\xff\xd8", 0xD9, 0xDA, 0xE0, 0xEE
+_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # but for DHT, JPG, DAC
+_SEQUENTIAL, _PROGRESSIVE = (0xC0, 0xC1, 0xC9), (0xC2, 0xCA)
+_WITHOUT_LENGTH = (0x01, *range(0xD0, 0xD8))  # TEM, RSTn
+_MARKER, _MARKER_IN_SCAN = re.compile(rb"\xff([\x01-\xfe])"), re.compile(rb"\xff([\x01-\xcf\xd8-\xfe])")
+_ALL_COEFFICIENTS = bytes([0, 63, 0])  # what a sequential scan's parameters have to be: first, last, bits
 
 Pixels = NDArray[np.uint8]
 
@@ -57,7 +63,8 @@ class BadImage(Exception):
 
 
 class Decoded(NamedTuple):
-    """RGB pixels (H, W, 3) uint8 of a picture of `height` x `width` pixels, decoded at 1 / `divisor`."""
+    """RGB pixels (H, W, 3) uint8 of a picture of `height` x `width` pixels, decoded at 1 / `divisor`; what had to be
+    repaired."""
 
     pixels: Pixels
     height: int
@@ -67,34 +74,76 @@ class Decoded(NamedTuple):
 
 
 def decode(data: bytes) -> Decoded:
-    """Decode an image; `repair` says what had to be mended. Raises BadImage."""
+    """Decode an image. Raises BadImage."""
     try:
-        return _decode_jpeg(data) if data.startswith(SOI) else _decode_with_pillow(data)
+        return _decode_jpeg(data) if data.startswith(_SOI) else _decode_with_pillow(data)
     except BadImage:
         raise
     except Exception as error:  # decoders raise anything when fed broken bytes
         raise BadImage.of(error) from error
 
 
+class _Markers(NamedTuple):
+    """What the markers of a JPEG say, up to the end of its first picture."""
+
+    height: int
+    width: int
+    num_scans: int
+    has_adobe: bool
+    has_end: bool
+    missing: str | None  # "components": not all were sent; "bits": the lowest were not
+    parts: list[bytes | memoryview]  # of a copy with an end marker, headers put right and nothing between segments
+    repairs: list[str]
+
+    @property
+    def mended(self) -> bytes:
+        return b"".join(self.parts)
+
+
 def _decode_jpeg(data: bytes) -> Decoded:
+    markers = _read_markers(data)
     try:
         height, width, space, _ = simplejpeg.decode_jpeg_header(data, strict=False)
     except (ValueError, KeyError):
-        return _decode_unusual_jpeg(data)
-    has_one_scan, is_cmyk = is_plain(data), space in ("CMYK", "YCCK")
-    check_size(width, height, 1 if has_one_scan else data.count(SOS))
-    found = survey(data) if is_cmyk or not has_one_scan else None
-    repair = _check_scans(found) if found else None
+        return _decode_unusual_jpeg(data, markers)
+    check_size(width, height, markers.num_scans if markers else 1)
+    repair = _check_scans(markers) if markers else None
     divisor = next((divisor for divisor in DIVISORS if min(height, width) >= MIN_DECODED_PX * divisor), 1)
     sides = {"min_height": -(-height // divisor), "min_width": -(-width // divisor)} if divisor > 1 else {}
+    is_cmyk = space in ("CMYK", "YCCK")
     turbo = partial(simplejpeg.decode_jpeg, colorspace="CMYK" if is_cmyk else "RGB", min_factor=2, **sides)
     try:
         pixels = turbo(data, strict=True)
     except ValueError as error:
-        pixels, repair = _decode_mended(found or survey(data), error, turbo)
+        warning = BadImage.of(error)
+        if markers is None or not (markers.has_end or markers.missing is None):
+            raise warning from error
+        told = [warning.reason]
+        try:
+            pixels = turbo(markers.mended, strict=True)
+        except ValueError as remaining:
+            last = BadImage.of(remaining)
+            match = _EXTRANEOUS_AT_END.search(last.reason)
+            if match is None or int(match[1]) > MAX_EXTRANEOUS_BYTES:
+                raise last from remaining
+            # Every scan was decoded without a warning and nothing follows, so that there is no other to be missed.
+            pixels = turbo(markers.mended, strict=False)
+            told.append(last.reason)
+        repair = "; ".join(dict.fromkeys(told + markers.repairs))
     if is_cmyk:
-        pixels = cmyk_to_rgb(pixels, is_inverted=found is not None and found.adobe is not None)
+        pixels = cmyk_to_rgb(pixels, is_inverted=markers is not None and markers.has_adobe)
     return Decoded(pixels, height, width, divisor, repair)
+
+
+def _decode_unusual_jpeg(data: bytes, markers: _Markers | None) -> Decoded:
+    """A JPEG whose sampling has no name. Pillow ignores warnings: at least the markers must be in order."""
+    if markers is None:
+        raise BadImage("the file ends before its picture begins", "ValueError")
+    check_size(markers.width, markers.height, markers.num_scans)
+    repair = _check_scans(markers)
+    if markers.missing:
+        return _decode_with_pillow(data)._replace(repair=repair)
+    return _decode_with_pillow(markers.mended)._replace(repair="; ".join(markers.repairs) or None)
 
 
 def check_size(width: int, height: int, num_scans: int = 1) -> None:
@@ -105,41 +154,79 @@ def check_size(width: int, height: int, num_scans: int = 1) -> None:
         raise BadImage(f"{num_scans} scans of {width} x {height} pixels, limit {MAX_SCANNED_PIXELS}", "TooManyPixels")
 
 
-def _check_scans(found: Survey) -> str | None:
+def _check_scans(markers: _Markers) -> str | None:
     """What to say of scans that are missing though nothing else is: libjpeg fills them in without a warning."""
-    if not found.has_end or found.is_complete:
+    if not markers.has_end or not markers.missing:
         return None
-    if not found.is_begun:
+    if markers.missing == "components":
         raise BadImage("scans are missing: not every component was sent", "MissingScans")
     return "progressive scans are missing: the lowest bits were not sent"
 
 
-def _decode_mended(found: Survey | None, error: ValueError, turbo: Callable[..., Pixels]) -> tuple[Pixels, str]:
-    """Pixels and repair of a file that the strict decoder refused with `error`."""
-    warning = BadImage.of(error)
-    if found is None or not (found.has_end or found.is_complete):
-        raise warning from error
-    try:
-        return turbo(found.mended, strict=True), "; ".join([warning.reason, *found.repairs])
-    except ValueError as remaining:
-        last = BadImage.of(remaining)
-        match = _EXTRANEOUS_AT_END.search(last.reason)
-        if match is None or int(match[1]) > MAX_EXTRANEOUS_BYTES:
-            raise last from remaining
-    # Every scan was decoded without a warning and nothing follows, so that there is no other to be missed.
-    return turbo(found.mended, strict=False), "; ".join(dict.fromkeys([warning.reason, last.reason, *found.repairs]))
+def _read_markers(data: bytes) -> _Markers | None:
+    """Read the markers of a file that begins with SOI; None if it ends before its first scan."""
+    parts, repairs, position, num_dropped, num_scans = list[bytes | memoryview]([_SOI]), list[str](), len(_SOI), 0, 0
+    frame, size, adobe, has_end = 0, (0, 0), 0, False
+    unsent = dict[int, bytearray]()  # of each component: bits that are still to come of each coefficient, 255 for all
+    while found := _MARKER.search(data, position):
+        marker, body = found[1][0], found.end()
+        num_dropped += len(data[position : found.start()].rstrip(b"\xff"))  # fill bytes are part of the format
+        position = body
+        if has_end := marker == _EOI:
+            break
+        if marker in _WITHOUT_LENGTH:
+            continue
+        length = int.from_bytes(data[body : body + 2])
+        if length < 2 or body + length > len(data):
+            break
+        part, position = bytearray(data[body : body + length]), body + length
+        scan: bytes | memoryview = b""
+        if marker in _FRAMES and not frame and length >= 8:
+            frame, size = marker, (int.from_bytes(part[3:5]), int.from_bytes(part[5:7]))
+            unsent = {component: bytearray([255]) * 64 for component in part[8 : 8 + 3 * part[7] : 3]}
+        elif marker == _APP0 and part[2:7] == b"JFIF\0" and length >= 9 and part[7] != 1:
+            repairs.append(f"JFIF revision {part[7]} read as 1")
+            part[7] = 1
+        elif marker == _APP14 and part[2:7] == b"Adobe" and length >= 14:
+            adobe = len(parts)
+        elif marker == _SOS and frame:
+            num_scans += 1
+            if _note_scan(frame, part, unsent):
+                repairs.append("scan parameters of a sequential picture ignored")
+            end = _MARKER_IN_SCAN.search(data, position)
+            stop = end.start() if end else len(data)
+            scan, position = memoryview(data)[position:stop], stop
+        parts += [bytes([0xFF, marker]) + part, scan]
+    if not num_scans:
+        return None
+    if num_dropped:
+        repairs.append(f"{num_dropped} bytes between segments dropped")
+    if not has_end:
+        repairs.append("end marker supplied")
+    allowed = (0, 2) if len(unsent) == 4 else (0, 1)
+    if adobe and (code := parts[adobe][15]) not in allowed:
+        repairs.append(f"Adobe colour transform {code} read as {allowed[1]}")
+        parts[adobe : adobe + 1] = [parts[adobe][:15], bytes(allowed[1:]), parts[adobe][16:]]
+    bits = b"".join(unsent.values())
+    missing = "components" if 255 in bits else "bits" if any(bits) else None
+    parts.append(bytes([0xFF, _EOI]))
+    return _Markers(*size, num_scans, adobe > 0, has_end, missing, parts, repairs)
 
 
-def _decode_unusual_jpeg(data: bytes) -> Decoded:
-    """A JPEG whose sampling has no name. Pillow ignores warnings: at least the markers must be in order."""
-    found = survey(data)
-    if found is None:
-        raise BadImage("the file ends before its picture begins", "ValueError")
-    check_size(found.width, found.height, data.count(SOS))
-    repair = _check_scans(found)
-    if not found.is_complete:
-        return _decode_with_pillow(data)._replace(repair=repair)
-    return _decode_with_pillow(found.mended)._replace(repair="; ".join(found.repairs) or None)
+def _note_scan(frame: int, header: bytearray, unsent: dict[int, bytearray]) -> bool:
+    """Note what a scan sends. True if a sequential scan's parameters, which decoders ignore, had to be put right."""
+    at = 3 + 2 * header[2] if len(header) > 2 else 3
+    if len(header) < at + 3:
+        return False
+    is_odd = frame in _SEQUENTIAL and header[at : at + 3] != _ALL_COEFFICIENTS
+    if is_odd:
+        header[at : at + 3] = _ALL_COEFFICIENTS
+    first, last, bits = header[at : at + 3] if frame in _PROGRESSIVE else _ALL_COEFFICIENTS
+    last = min(last, 63)
+    for component in header[3:at:2]:
+        if component in unsent and first <= last:
+            unsent[component][first : last + 1] = bytes([bits & 15]) * (last + 1 - first)
+    return is_odd
 
 
 def cmyk_to_rgb(pixels: Pixels, *, is_inverted: bool) -> Pixels:

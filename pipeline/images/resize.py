@@ -5,15 +5,12 @@ filter on uint8. The same pixels come out in any process, batch and order, on an
 """
 
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from pipeline.images.decode import BadImage, Decoded, Pixels, decode
 from pipeline.manifest import IMAGE_SIZE_PX
-
-if TYPE_CHECKING:
-    import torch
 
 _SUPPORT_PX = 2  # of the bicubic filter, on each side, at scale 1
 
@@ -35,13 +32,27 @@ def read_square(data: bytes) -> Square:
 
 
 def to_square(decoded: Decoded) -> Pixels:
-    """Shorter side resized to 256, longer to round(longer * 256 / shorter), cropped at (that - 256) // 2."""
+    """Shorter side resized to 256, longer to round(longer * 256 / shorter), cropped at (that - 256) // 2.
+
+    Antialiased bicubic filter (a = -0.5, as Pillow's), horizontally and then vertically, rounded after each pass.
+    """
     import torch
 
-    rows, columns = find_windows(decoded.height, decoded.width, decoded.divisor)
+    axes = rows, columns = find_windows(decoded.height, decoded.width, decoded.divisor)
     # Columns behind the crop are not touched by the filter, and cutting them off would be a copy.
     part = np.ascontiguousarray(decoded.pixels[rows.start : rows.stop, columns.start :])
-    return resize(torch.from_numpy(part), rows, columns).numpy()
+    # An axis that is to stay as long as it is torch leaves out, whatever its scale: such a one gets an output more.
+    sizes = [axis.skip + IMAGE_SIZE_PX for axis in axes]
+    sizes = [
+        size + (length == size and axis.scale != 1)
+        for size, length, axis in zip(sizes, part.shape[:2], axes, strict=True)
+    ]
+    # torch wants channels last: half the time. It sees them so if the batch axis is there before the permute.
+    batch = torch.from_numpy(part)[None].permute(0, 3, 1, 2)
+    # The operator behind F.interpolate, which would not take both sizes and scales.
+    larger = torch.ops.aten._upsample_bicubic2d_aa(batch, sizes, False, 1 / rows.scale, 1 / columns.scale)
+    crop = (slice(axis.skip, axis.skip + IMAGE_SIZE_PX) for axis in axes)
+    return larger[(0, slice(None), *crop)].permute(1, 2, 0).contiguous().numpy()
 
 
 class Window(NamedTuple):
@@ -74,28 +85,3 @@ def _find_window(side: int, shorter: int, divisor: int) -> Window:
     first = max(0, offset - math.ceil(reach / scale)) // step * step
     stop = min(-(-side // divisor), math.ceil((offset + IMAGE_SIZE_PX) * scale) + reach)
     return Window(round(first * scale), stop, offset - first, scale)
-
-
-def resize(part: "torch.Tensor", rows: Window, columns: Window, *, as_float: bool = False) -> "torch.Tensor":
-    """(H, W, 3) uint8 from the starts of the windows on -> (256, 256, 3) uint8, contiguous, on the same device.
-
-    Antialiased bicubic filter (a = -0.5, as Pillow's), horizontally and then vertically. On uint8, which only a CPU
-    can do, it rounds after each pass; `as_float` rounds once.
-    """
-    import torch
-
-    # On uint8 torch wants channels last: half the time. It sees them so if the batch axis is there before the permute.
-    batch = part[None].permute(0, 3, 1, 2)
-    if as_float:
-        batch = batch.to(torch.float32, memory_format=torch.contiguous_format)
-    # An axis that is to stay as long as it is torch leaves out, whatever its scale: such a one gets an output more.
-    sizes = [axis.skip + IMAGE_SIZE_PX for axis in (rows, columns)]
-    for number, axis in enumerate((rows, columns)):
-        sizes[number] += part.shape[number] == sizes[number] and axis.scale != 1
-    # The operator behind F.interpolate, which would not take both sizes and scales.
-    larger = torch.ops.aten._upsample_bicubic2d_aa(batch, sizes, False, 1 / rows.scale, 1 / columns.scale)
-    crop = (slice(axis.skip, axis.skip + IMAGE_SIZE_PX) for axis in (rows, columns))
-    square = larger[(0, slice(None), *crop)].permute(1, 2, 0)
-    if as_float:
-        square = square.round().clamp(0, 255).to(torch.uint8)
-    return square.contiguous()

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pipeline.common.console import note
+from pipeline.common.files import user_cache, write_atomic
 
 SOURCES = Path(__file__).parent
 _C_FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fPIC")
@@ -77,8 +78,10 @@ def build_plugin(headers: Headers) -> Iterator[Path]:
         with _lock(cache / "lock"):
             if not _is_sound(kept):
                 compiled = _compile(compiler, headers, Path(scratch))
-                try:
-                    _keep(compiled, kept)
+                data = compiled.read_bytes()
+                try:  # the SHA-256 stands behind the last byte, where the loader does not look
+                    write_atomic(kept, data + hashlib.sha256(data).digest())
+                    kept.chmod(0o600)  # whatever the umask: see _is_sound
                 except OSError:  # a full disk
                     kept = compiled
         yield kept
@@ -139,18 +142,15 @@ def _run(command: Sequence[str]) -> str:
 
 def _open_cache() -> Path | None:
     """The user's folder for compiled plugins, which nobody else can write to; None if there cannot be one."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    if not base.startswith("/"):
-        base = os.path.expanduser("~/.cache")  # noqa: PTH111 - Path.home() raises where there is no home
-    if not base.startswith("/"):
+    ours = user_cache()
+    if ours is None:
         return None
-    folder = Path(base)
+    folder = ours / "operators"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for part in ("alexnet-dali", "operators"):
-            folder /= part
-            folder.mkdir(mode=0o700, exist_ok=True)
-            if not _is_ours(folder.lstat(), stat.S_ISDIR):
+        ours.parent.mkdir(parents=True, exist_ok=True)
+        for part in (ours, folder):
+            part.mkdir(mode=0o700, exist_ok=True)
+            if not _is_ours(part.lstat(), stat.S_ISDIR):
                 return None
     except OSError:
         return None
@@ -168,21 +168,6 @@ def _lock(path: Path) -> Iterator[None]:
         with contextlib.suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-
-def _keep(compiled: Path, kept: Path) -> None:
-    """Copy a library to its place, with its SHA-256 behind its last byte, where the loader does not look."""
-    data = compiled.read_bytes()
-    descriptor, temporary = tempfile.mkstemp(dir=kept.parent, prefix=".", suffix=".so")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data + hashlib.sha256(data).digest())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, kept)  # noqa: PTH105
-    except OSError:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def _is_sound(path: Path) -> bool:

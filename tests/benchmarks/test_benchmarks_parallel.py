@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.slow
-def test_the_benchmark_counts_what_the_model_says_and_the_loopback_device_carries(tmp_path):
+def test_the_benchmark_counts_what_the_shapes_say_and_the_loopback_device_carries(tmp_path):
     words = ["--width", "0.0625", "--global-batch-size", "8", "--rounds", "1", "--seconds", "0.5", "--out", "out.json"]
     done = subprocess.run(
         [sys.executable, str(ROOT / "benchmarks" / "parallel.py"), *words],
@@ -34,11 +34,5 @@ def test_the_benchmark_counts_what_the_model_says_and_the_loopback_device_carrie
             assert row["sent_bytes"] == pytest.approx(row["predicted"], rel=1e-12)
             assert row["loopback_bytes"] >= row["sent_bytes_of_all_ranks"]  # other processes' bytes come on top
     assert all(row["images_per_s"]["images_per_s"] > 0 for row in found["2"].values())
-    for title in (
-        "2 ranks: sent by each rank",
-        "4 ranks: sent",
-        "images/s, median",
-        "images/s of two GPUs",
-        "more ranks",
-    ):
+    for title in ("2 ranks: sent by each rank", "4 ranks: sent", "images/s, median"):
         assert title in done.stdout

@@ -13,7 +13,7 @@ CPUS = set(sorted(os.sched_getaffinity(0))[:1])
 
 CHILD = """
 import os, subprocess, sys, time
-from children import Contestant, serve
+from harness.children import Contestant, serve
 
 def make(name, job):
     if name == "absent":
@@ -48,14 +48,14 @@ def _on_path(monkeypatch):
 
 @pytest.fixture
 def rounds():
-    import rounds
+    from harness import rounds
 
     return rounds
 
 
 @pytest.fixture
 def racetable():
-    import racetable
+    from harness import racetable
 
     return racetable
 
@@ -193,7 +193,7 @@ def test_ratios_are_taken_round_by_round(racetable):
 
 
 def test_a_report_keeps_every_row_with_its_reason_and_all_rounds(rounds, racetable):
-    from machine import describe_machine
+    from harness.machine import describe_machine
 
     fast = rounds.Row(rounds.Entry("fast", "ours", "x"), "ok", {"numpy": "2.0"}, [30.0, 40.0], [1.0, 1.0])
     slow = rounds.Row(rounds.Entry("slow", "peer", "y"), "ok", {"numpy": "2.1"}, [10.0, 20.0], [3.0, 5.0])
@@ -236,7 +236,7 @@ import signal, sys, time
 signal.signal(signal.SIGHUP, signal.{on_hangup})
 sys.path.insert(0, {str(ROOT / "benchmarks")!r})
 from pathlib import Path
-from children import Child
+from harness.children import Child
 python, script, log = map(Path, ({sys.executable!r}, {str(script)!r}, {str(tmp_path / "log")!r}))
 job = {{"rate": 1.0, "paths": sys.path[:1]}}
 child = Child(python, script, "orphan", job, {CPUS!r}, log)

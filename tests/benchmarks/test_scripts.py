@@ -161,7 +161,7 @@ def test_psnr_is_high_for_the_same_pixels_and_low_for_another_crop(scripts, phot
 
 
 def test_an_output_of_another_size_or_with_a_gap_is_refused(scripts, photograph, tmp_path):
-    from children import Failed
+    from harness.children import Failed
     from prepare import mean_psnr
 
     Image.new("RGB", (256, 255)).save(tmp_path / "000000000.jpg")
@@ -211,7 +211,7 @@ def test_steps_are_timed_beside_the_usual_way_and_the_limits(tmp_path):
 
 def test_the_peers_networks_are_ours_with_the_same_weights(scripts):
     import torch
-    from peers_step import count, torchvision_net, usual_net
+    from peers.step import count, torchvision_net, usual_net
 
     from trainer.model import AlexNet
     from trainer.recipe import RECIPES, override
@@ -247,11 +247,11 @@ def test_growth_is_measured_in_every_part(tmp_path):
 
 def test_kinds_are_known_and_every_entry_has_a_way(scripts):
     import feed
-    import peers_feed
-    import peers_prepare
-    import peers_step
     import prepare
     import step
+    from peers import feed as peers_feed
+    from peers import prepare as peers_prepare
+    from peers import step as peers_step
 
     assert sorted(entry.name for entry in prepare.ENTRIES) == sorted(peers_prepare.WAYS)
     raced = [*feed.ENTRIES, *feed.AGAINST]
@@ -285,7 +285,7 @@ RACE_IT = """
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-import peers_feed
+from peers import feed as peers_feed
 job = SimpleNamespace(project=Path(sys.argv[1]), shards={"jpeg": "here"}, workers=3)
 batches = peers_feed.ours(job, "jpeg", mean="channel", dtype="uint8")
 print(next(batches) == next(batches), *next(batches)[0])

@@ -1,13 +1,11 @@
 """The code blocks of the documents: their tags, their commands, and each command read by the parser it is meant for.
 
-The decision that shaped it: a block is tagged by an HTML comment on the line before it, which no reader sees:
+A block is tagged by an HTML comment on the line before it, which no reader sees:
 
     <!-- run -->               every command is run, small (tests/docs/test_commands.py); or "run in FOLDER"
     <!-- parsed -->            every command is read by its own parser: two GPUs, Slurm, real ImageNet, object storage
     <!-- program: TEST -->     Python, run by the test file named
     <!-- text -->              no command: a formula, a map, a file
-
-Left out: running commands.
 """
 
 import contextlib
@@ -224,7 +222,9 @@ def _check_python(words: list[str]) -> None:
     if not script.is_file():
         raise Misread(f"python {words[0]}: no such file")
     source = script.read_text(encoding="utf-8")
-    beside = [script.with_name(f"{name}.py") for name in re.findall(r"^(?:from|import) (\w+)", source, re.MULTILINE)]
+    imported = re.findall(r"^(?:from|import) ([\w.]+)(?: import (\w+))?", source, re.MULTILINE)
+    modules = {".".join(filter(None, names)) for module, inner in imported for names in ((module,), (module, inner))}
+    beside = [script.parent / f"{module.replace('.', '/')}.py" for module in sorted(modules)]
     source += "".join(path.read_text(encoding="utf-8") for path in beside if path.is_file())
     known = set(re.findall(r'"(--[\w-]+)"', source))
     wrong = {word.partition("=")[0] for word in words[1:] if word.startswith("--")} - known

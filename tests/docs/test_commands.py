@@ -147,7 +147,7 @@ def test_every_command_named_in_passing_is_one_that_its_program_takes(path):
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 def test_every_flag_named_in_passing_exists(path):
     known = set().union(*list_flags().values()) | FOREIGN_FLAGS
-    for script in (ROOT / "benchmarks").glob("*.py"):
+    for script in (ROOT / "benchmarks").rglob("*.py"):
         known |= set(re.findall(r'"(--[\w-]+)"', script.read_text(encoding="utf-8")))
     assert set(find_inline_flags(path.read_text(encoding="utf-8"))) - known == set()
 

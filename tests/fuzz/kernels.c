@@ -19,7 +19,6 @@ typedef struct {
 
 void lrn_forward(const LrnOfNative *, const void *, void *);
 void lrn_backward(const LrnOfNative *, const void *, const void *, void *);
-void update(float *, float *, const float *, ptrdiff_t, float, float, float, int);
 
 static void *exactly(size_t size)
 {
@@ -113,11 +112,6 @@ static void normalise_everywhere(void)
                     lrn_backward(&lrn, x, gradient, out);
                     free(x), free(gradient), free(out);
                 }
-    for (int num = 0; num < 70; num++) {
-        float *weight = exactly(4 * num), *velocity = exactly(4 * num), *gradient = exactly(4 * num);
-        update(weight, velocity, gradient, num, 0.01f, 0.9f, num & 1 ? 5e-4f : 0, 2);
-        free(weight), free(velocity), free(gradient);
-    }
 }
 
 int main(int count, char **words)

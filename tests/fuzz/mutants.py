@@ -1,7 +1,6 @@
 """Broken files out of sound ones: what a bad cable, a full disk, a careless program or somebody of ill will makes.
 
-The decision that shaped it: a mutant is a function of its number, so that one that does harm can be made again. Left
-out: coverage, which atheris follows (run.py).
+A mutant is a function of its number, so that one that does harm can be made again.
 """
 
 import io

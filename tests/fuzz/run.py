@@ -1,9 +1,8 @@
 """All readers under mutation for some minutes: `python -m tests.fuzz.run --minutes 20`, with atheris where it is there.
 
-The decision that shaped it: each target has a process of its own, so that a crash or an endless loop is that target's
-and the others are still run; findings are kept as files and named at the end. With atheris (pip install atheris) what
-comes next follows the branches that were taken; without it, mutants are counted through (--engine mutants). Left out:
-what a target is (targets.py).
+Each target has a process of its own, so that a crash or an endless loop does not keep the others from being run;
+findings are kept as files and named at the end. With atheris (pip install atheris) what comes next follows the branches
+that were taken; without it, mutants are counted through (--engine mutants).
 """
 
 import argparse

@@ -1,9 +1,7 @@
 """Every reader of bytes from outside as a function of bytes, which may do one of two things: read them or refuse them.
 
-The decision that shaped it: a target is what the commands call, on a file of its own where that is what they read, and
-lets nothing through but the reader's own refusal, in one line. Whatever else comes out (another exception, a crash, no
-end) is a finding; hypothesis, atheris and run.py only bring the bytes. Left out: what a reader makes of sound files;
-that is tested beside each of them.
+A target is what the commands call, and lets nothing through but the reader's own refusal, in one line. Whatever else
+comes out (another exception, a crash, no end) is a finding.
 """
 
 import shutil
@@ -81,20 +79,18 @@ def _read_index(shards: ShardSet) -> None:
 
 def _check_shard(path: Path, data: bytes) -> bool:
     """`alexnet-prep verify` has no refusal: whatever is in a tar becomes a list of problems."""
-    from tools.checks.shards import Samples, TarReader
+    from tools.checks.shards import Findings, Samples, TarReader
 
     path.write_bytes(data)
-    problems: list[str] = []
-    with path.open("rb", buffering=0) as file:
+    found = Findings()
+    with path.open("rb") as file:
         reader = TarReader(file)
-        samples = Samples(
-            lambda kind, what, expected, key: problems.append(what), ending="jpg", num_classes=4, decode=True
-        )
-        for member in reader.members(lambda what, expected: problems.append(what)):
+        samples = Samples(found, path.name, ending="jpg", num_classes=4, decode=True)
+        for member in reader.members(lambda what, expected: found.add("structure", path.name, what, expected)):
             samples.add(member)
         samples.close()
-        assert reader.offset == len(data) and (reader.is_whole or problems)
-    return not problems
+        assert reader.offset == len(data) and (reader.is_whole or found.num_problems)
+    return not found.num_problems
 
 
 def _source(folder: Path, root: Path, layout: str, name: str) -> Target:

@@ -1,16 +1,20 @@
-"""What the tests of loaders share: the mini-set as JPEG and as raw shards, and loaders on it with short batches."""
+"""What the tests of the pipeline share: the mini-set as JPEG and raw shards and behind a URL; loaders on it."""
 
 import shutil
 from dataclasses import fields
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from pipeline import download
 from pipeline.colors import ColorStats
 from pipeline.download import CHECKED
 from pipeline.loader import EvalLoader, TrainLoader
+from pipeline.manifest import IMAGE_SIZE_PX
 from pipeline.options import LoaderOptions, Transform
 from pipeline.shards import ShardSet
+from tests.pipeline.downloading import RANGE_BYTES
 from tests.pipeline.loader.loading import make_raw
 
 
@@ -67,3 +71,33 @@ def make_eval(shards: ShardSet, colors: ColorStats):
         return EvalLoader(own.pop("shards", shards), colors, transform, options, **own)
 
     return make
+
+
+@pytest.fixture
+def without_pauses(monkeypatch):
+    """Downloads that do not wait, in small ranges."""
+    monkeypatch.setattr(download, "BACKOFF_S", (0.0, 0.0))
+    monkeypatch.setattr(download, "OPENING_BACKOFF_S", (0.0, 0.0))
+    monkeypatch.setattr(download, "POLL_S", 0.01)
+    monkeypatch.setattr(download, "RANGE_BYTES", RANGE_BYTES)
+
+
+@pytest.fixture(scope="module")
+def whole_set(shard_dir, tmp_path_factory) -> Path:
+    """Shards with colour statistics, made up: this is about their transport."""
+    out = shutil.copytree(shard_dir, tmp_path_factory.mktemp("whole") / "set")
+    products = [[70_000 + 1000 * (i == j) for j in range(3)] for i in range(3)]
+    image_sum = np.full((IMAGE_SIZE_PX, IMAGE_SIZE_PX, 3), 100, np.int64)
+    ColorStats.from_sums(1, products, image_sum, ShardSet.open(out).fingerprint).save(out)
+    return out
+
+
+@pytest.fixture
+def url(whole_set, s3_bucket) -> str:
+    return s3_bucket.upload(whole_set, "set")
+
+
+@pytest.fixture
+def open_shards(tmp_path):
+    """Opens a URL with a cache of the test's own."""
+    return lambda url, **options: ShardSet.open(url, cache_dir=tmp_path / "cache", **options)

@@ -54,6 +54,17 @@ def is_manifest_or_one_line(result):
     return isinstance(result, Manifest) or (result.startswith("here: ") and "\n" not in result)
 
 
+@pytest.mark.parametrize("wrong", ["2", 2.0, None, True])
+@pytest.mark.parametrize("place", [("seed",), ("shards", 0, "samples"), ("classes", 1, "index"), ("totals", "val")])
+def test_what_should_be_a_whole_number_and_is_not_is_refused(place, wrong):
+    raw = copy.deepcopy(GOOD)
+    inner = raw
+    for step in place[:-1]:
+        inner = inner[step]
+    inner[place[-1]] = wrong
+    assert parse_or_refuse(raw).startswith("here: not a manifest (TypeError: ")
+
+
 def make_folder(root: Path) -> Path:
     root.mkdir()
     for shard in GOOD["shards"]:
@@ -209,6 +220,16 @@ def test_a_damaged_folder_is_refused_in_one_line(tmp_path, damage, message):
     with pytest.raises(UserError, match=message) as caught:
         ShardSet.open(tmp_path / "s")
     assert "\n" not in str(caught.value)
+
+
+def test_a_set_opened_by_a_relative_name_stays_readable_when_the_current_folder_changes(tmp_path, monkeypatch):
+    make_folder(tmp_path / "shards")
+    monkeypatch.chdir(tmp_path)
+    shards = ShardSet.open("shards")
+    monkeypatch.chdir("/")
+    shards.check("train")
+    assert shards.root == tmp_path / "shards" and shards.location == str(tmp_path / "shards")
+    assert all(path.is_file() for path in (*shards.tars("train"), *shards.indices("val")))
 
 
 def test_the_index_header_is_that_of_dalis_version_1_2():

@@ -29,9 +29,8 @@ HANDLERS = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG
 
 # Ranks that fail in the way their first argument names, under the launcher of `alexnet-train --gpus`.
 PROGRAM = """
-import os, signal, sys, time
+import atexit, os, signal, sys, time
 import click, torch
-from torch.distributed.elastic.multiprocessing.api import MultiprocessContext
 from pipeline.common import console
 from pipeline.common.errors import UserError
 from trainer.distributed import check_alike, gather, join, reduce_sum, restart_count
@@ -44,6 +43,8 @@ def fail(how):
         last = ranks.rank == ranks.world_size - 1
         if ranks.is_first:
             print("all have met", flush=True)
+        if how == "late":
+            atexit.register(os.kill, os.getpid(), signal.SIGTERM)
         if how == "once" and restart_count():
             print(f"restarted as {restart_count()}", flush=True)
             return 0
@@ -72,27 +73,12 @@ def fail(how):
         reduce_sum(torch.zeros(1), ranks)  # waits for the one that is gone
     return 0
 
-def signal_all_when_done():
-    is_done = MultiprocessContext._is_done
-
-    def ask(context):
-        done = is_done(context)
-        if done:
-            for pid in context.pids().values():
-                os.kill(pid, signal.SIGTERM)
-            time.sleep(1)  # for a rank to die of it, if it does
-        return done
-
-    MultiprocessContext._is_done = ask
-
 @click.command()
 @click.argument("how")
 @click.option("--max-restarts", default=0)
 def command(how, max_restarts):
     if "RANK" in os.environ:
         return run_as_rank(fail, how)
-    if how == "late":
-        signal_all_when_done()
     return launch(fail, (how,), 2, max_restarts)
 
 if __name__ == "__main__":
@@ -285,7 +271,7 @@ def test_two_tasks_of_a_step_of_slurm_meet(program):
     }
     source = program.read_text().replace(
         '    if "RANK" in os.environ:',
-        '    from trainer import slurm\n    slurm.adopt(os.environ)\n    if "RANK" in os.environ:',
+        '    from trainer import launch as slurm\n    slurm.adopt(os.environ)\n    if "RANK" in os.environ:',
     )
     program.write_text(source)
     tasks = [start(program, "user", **step, SLURM_PROCID=str(n), SLURM_NODEID=str(n)) for n in range(2)]

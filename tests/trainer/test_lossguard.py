@@ -99,7 +99,7 @@ def test_a_skipped_step_leaves_weights_and_velocity_as_they_are():
 
 
 def flatten(learner: Learner) -> list[torch.Tensor]:
-    velocities = [values["velocity"] for values in learner.optimizer.state.values()]
+    velocities = [values["momentum_buffer"] for values in learner.optimizer.state.values()]
     return [*learner.model.state_dict().values(), *velocities]
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tests import oracle
-from trainer.model import HIDDEN_BIAS_LAYERS, AlexNet
+from trainer.model import HIDDEN_BIAS_LAYERS, AlexNet, shapes_of
 from trainer.recipe import RECIPES, Recipe, override
 
 LAYERS = ("conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8")
@@ -297,3 +297,21 @@ def test_switching_towers_changes_the_groups() -> None:
         for towers in (1, 2)
     }
     assert groups == {1: [1, 1, 1, 1, 1], 2: [1, 2, 1, 2, 2]}
+
+
+def test_shapes_are_those_of_the_papers_net() -> None:
+    shapes = shapes_of(RECIPES["paper"])
+    assert list(shapes) == list(LAYERS)
+    assert sum(layer.num_parameters for layer in shapes.values()) == 60_965_224
+    assert sum(layer.macs for layer in shapes.values()) == 724_406_816
+    assert shapes["conv1"].given == (96, 55, 55) and shapes["conv3"].taken == (256, 13, 13)
+    assert shapes["conv2"] == ((256, 48, 5, 5), (256,), (96, 27, 27), (256, 27, 27))
+    assert (shapes["fc6"].taken, shapes["fc6"].given, shapes["fc8"].given) == ((9216,), (4096,), (1000,))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_shapes_follow_recipe_and_classes(name: str) -> None:
+    recipe = narrow(name)
+    shapes = shapes_of(recipe, 7)
+    for layer, module in AlexNet.from_recipe(recipe, 7).named_children():
+        assert (shapes[layer].weight, shapes[layer].bias) == (tuple(module.weight.shape), tuple(module.bias.shape))

@@ -11,8 +11,6 @@ from torch import Tensor, nn
 
 from pipeline.common.errors import UserError
 from tests import oracle
-from trainer import optim
-from trainer.kernels.native import load_native
 from trainer.model import AlexNet
 from trainer.optim import PaperSGD, Schedule, make_optimizer, make_schedule
 from trainer.recipe import RECIPES, Recipe, override
@@ -27,6 +25,12 @@ def tiny(name: str = "paper", *settings: str) -> tuple[AlexNet, PaperSGD, Schedu
 
 def rates(optimizer: PaperSGD) -> dict[str, float]:
     return {f"{group['layer']}.{group['kind']}": group["lr"] for group in optimizer.param_groups}
+
+
+def velocity(optimizer: PaperSGD, weight: Tensor) -> Tensor:
+    """v of P 5."""
+    (group,) = (group for group in optimizer.param_groups if any(weight is other for other in group["params"]))
+    return -group["buffer_lr"] * optimizer.state[weight]["momentum_buffer"]
 
 
 def run_epochs(schedule: Schedule, errors: list[float]) -> tuple[list[float], list[int]]:
@@ -49,7 +53,7 @@ def test_update_agrees_with_the_oracle_through_changes_of_rate() -> None:
     generator = torch.Generator().manual_seed(0)
     weights = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((5, 4), (7,))]
     optimizer = PaperSGD(
-        [{"params": [weights[0]], "decay": 0.1}, {"params": [weights[1]], "decay": 0.0}], lr=0.01, momentum=0.9
+        [{"params": [weights[0]], "weight_decay": 0.1}, {"params": [weights[1]], "weight_decay": 0.0}], lr=0.01
     )
     expected = [(w.numpy().copy(), np.zeros(w.shape)) for w in weights]
     for lr in (0.01, 0.01, 0.001, 0.02, 0.02):
@@ -60,47 +64,62 @@ def test_update_agrees_with_the_oracle_through_changes_of_rate() -> None:
         optimizer.step()
         for weight, (w, v) in zip(weights, expected, strict=True):
             np.testing.assert_allclose(weight.numpy(), w, rtol=1e-13)
-            np.testing.assert_allclose(optimizer.state[weight]["velocity"].numpy(), v, rtol=1e-13)
+            np.testing.assert_allclose(velocity(optimizer, weight).numpy(), v, rtol=1e-13)
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.0005])
-def test_the_update_in_one_pass_gives_the_bits_of_torchs_kernels(decay: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    if load_native() is None:
-        pytest.skip("no C compiler")
+def test_in_float32_the_update_is_the_rule_as_printed_to_rounding(decay: float) -> None:
     generator = torch.Generator().manual_seed(0)
-    shapes = ((96, 3, 11, 11), (1001,), (257, 33))
-    ours = [torch.randn(shape, generator=generator) for shape in shapes]
-    ours[0] = ours[0].to(memory_format=torch.channels_last)
-    theirs = [weight.clone() for weight in ours]
-    optimizers = [PaperSGD(weights, lr=0.01, momentum=0.9, decay=decay) for weights in (ours, theirs)]
-    for lr in (0.01, 0.003, 0.3):
-        for weight, other in zip(ours, theirs, strict=True):
-            weight.grad = torch.randn(weight.shape, generator=generator)
-            other.grad = weight.grad.clone()
-        for optimizer in optimizers:
-            optimizer.param_groups[0]["lr"] = lr
-        optimizers[0].step()
-        with monkeypatch.context() as patch:
-            patch.setattr(optim, "load_native", lambda: None)
-            optimizers[1].step()
-        for weight, other in zip(ours, theirs, strict=True):
-            assert torch.equal(weight, other)
-            velocities = (o.state[w]["velocity"] for o, w in zip(optimizers, (weight, other), strict=True))
-            assert torch.equal(*velocities)
+    weights = [torch.randn(shape, generator=generator) for shape in ((96, 3, 11, 11), (1001,), (257, 33))]
+    weights[0] = weights[0].to(memory_format=torch.channels_last)
+    printed = [(weight.clone(), torch.zeros_like(weight)) for weight in weights]
+    optimizer = PaperSGD(weights, lr=0.01, weight_decay=decay)
+    for lr in (0.01, 0.003, 0.3, 0.3, 1e-5, 1e-5, 0.02):
+        optimizer.param_groups[0]["lr"] = lr
+        for weight, (w, v) in zip(weights, printed, strict=True):
+            weight.grad = torch.randn(weight.shape, generator=generator).to(memory_format=torch.preserve_format)
+            v.mul_(0.9).add_(w, alpha=-decay * lr).add_(weight.grad, alpha=-lr)
+            w.add_(v)
+        optimizer.step()
+    for weight, (w, v) in zip(weights, printed, strict=True):
+        assert (weight - w).abs().max() <= 3e-7 * w.abs().max()
+        assert (velocity(optimizer, weight) - v).abs().max() <= 3e-7 * v.abs().max()
 
 
-def test_gradients_of_other_strides_take_torchs_way() -> None:
+def test_a_state_of_an_earlier_version_goes_on_as_it_would_have() -> None:
+    """Its groups had "decay", and each velocity stood as it is."""
+    generator = torch.Generator().manual_seed(0)
+    weight, frozen = (torch.randn(5, generator=generator, dtype=torch.float64) for _ in range(2))
+    kept = torch.randn(2, 5, generator=generator, dtype=torch.float64)
+    groups = [{"lr": lr, "momentum": 0.9, "decay": 0.1, "params": [i]} for i, lr in enumerate((0.1, 0.0))]
+    optimizer = PaperSGD([{"params": [weight]}, {"params": [frozen]}], lr=0.5)
+    optimizer.load_state_dict({"param_groups": groups, "state": {i: {"velocity": kept[i].clone()} for i in range(2)}})
+    weight.grad, frozen.grad, before = torch.ones_like(weight), torch.ones_like(weight), frozen.clone()
+    w, v = oracle.paper_update(weight.numpy().copy(), kept[0].numpy(), np.ones(5), lr=0.1, decay=0.1)
+    optimizer.step()
+    np.testing.assert_allclose(weight.numpy(), w, rtol=1e-13)
+    np.testing.assert_allclose(velocity(optimizer, weight).numpy(), v, rtol=1e-13)
+    assert torch.equal(frozen, before) and torch.equal(velocity(optimizer, frozen), kept[1])
+    assert optimizer.state_dict()["param_groups"][0]["weight_decay"] == 0.1
+
+
+def test_gradients_and_states_of_other_strides_count_by_their_places() -> None:
     weight = torch.randn(4, 6)
     expected = weight.clone()
-    optimizer = PaperSGD([weight], lr=0.5, decay=0.0)
-    weight.grad = torch.randn(6, 4).t()
-    optimizer.step()
-    torch.testing.assert_close(weight, expected - 0.5 * weight.grad)
+    optimizer = PaperSGD([weight], lr=0.5, weight_decay=0.0)
+    for step in (1, 2):
+        weight.grad = torch.randn(6, 4).t()
+        buffer = optimizer.state[weight]["momentum_buffer"] if step == 2 else torch.zeros(4, 6)
+        if step == 2:
+            optimizer.state[weight]["momentum_buffer"] = buffer.t().contiguous().t()
+        expected -= 0.5 * (weight.grad + 0.9 * buffer)
+        optimizer.step()
+        torch.testing.assert_close(weight, expected)
 
 
 def test_torchs_sgd_is_the_same_until_the_rate_changes_and_differs_after() -> None:
     ours, theirs = (torch.ones(3, dtype=torch.float64) for _ in range(2))
-    paper = PaperSGD([ours], lr=0.1, momentum=0.9, decay=0.01)
+    paper = PaperSGD([ours], lr=0.1, momentum=0.9, weight_decay=0.01)
     torchs = torch.optim.SGD([theirs], lr=0.1, momentum=0.9, weight_decay=0.01)
 
     def step(lr: float) -> None:
@@ -128,11 +147,11 @@ def test_rate_zero_moves_neither_weight_nor_velocity() -> None:
         optimizer.step()
 
     step()
-    kept, velocity = frozen.clone(), optimizer.state[frozen]["velocity"].clone()
+    kept, before = frozen.clone(), velocity(optimizer, frozen)
     optimizer.param_groups[0]["lr"] = 0.0
     step()
     assert torch.equal(frozen, kept)
-    assert torch.equal(optimizer.state[frozen]["velocity"], velocity)
+    assert torch.equal(velocity(optimizer, frozen), before)
     assert (free < kept).all()
 
 
@@ -171,17 +190,17 @@ def test_groups_hold_one_parameter_each_with_the_papers_decay_on_all() -> None:
     assert list(rates(optimizer)) == [name for name, _ in net.named_parameters()]
     for group, parameter in zip(optimizer.param_groups, net.parameters(), strict=True):
         assert group["params"] == [parameter] or group["params"][0] is parameter
-        assert (group["decay"], group["momentum"]) == (0.0005, 0.9)
+        assert (group["weight_decay"], group["momentum"]) == (0.0005, 0.9)
 
 
 def test_original_decays_weights_only() -> None:
     _, optimizer, _ = tiny("original")
-    assert {(g["kind"], g["decay"]) for g in optimizer.param_groups} == {("weight", 0.0005), ("bias", 0.0)}
+    assert {(g["kind"], g["weight_decay"]) for g in optimizer.param_groups} == {("weight", 0.0005), ("bias", 0.0)}
 
 
 def test_one_setting_switches_the_papers_decay_off() -> None:
     _, optimizer, _ = tiny("paper", "weight_decay=0")
-    assert {g["decay"] for g in optimizer.param_groups} == {0.0}
+    assert {g["weight_decay"] for g in optimizer.param_groups} == {0.0}
 
 
 def test_groups_keep_their_names_under_a_data_parallel_wrapper() -> None:

@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.parallel import predict_traffic
 from pipeline.common.errors import UserError
+from trainer.commands.options import choose_parallel
+from trainer.config import DATA, MODES, Parallel
 from trainer.distributed import Ranks, gather, join
-from trainer.interconnect import predict_traffic
 from trainer.launch import launch
-from trainer.parallel import Parallel, Traffic, check, count_traffic
+from trainer.parallel import Traffic, check, count_traffic
 from trainer.recipe import RECIPES, Recipe
 from trainer.step import Learner
 
@@ -119,7 +121,7 @@ def assert_same_state(got: dict, expected: dict) -> None:
         assert_close(got["model"][name], weight)
     assert got["optimizer"]["param_groups"] == expected["optimizer"]["param_groups"]
     for index, values in expected["optimizer"]["state"].items():
-        assert_close(got["optimizer"]["state"][index]["velocity"], values["velocity"])
+        assert_close(got["optimizer"]["state"][index]["momentum_buffer"], values["momentum_buffer"])
 
 
 def assert_modes_equal_one_process(folder: Path, modes: tuple[str, ...], num_ranks: int) -> None:
@@ -136,7 +138,7 @@ def assert_modes_equal_one_process(folder: Path, modes: tuple[str, ...], num_ran
         assert_close(got["outputs"], expected["outputs"])
         sent, collectives = got["sent"]
         predicted = predict_traffic(mode, NARROW, NUM_CLASSES, num_ranks, activation_bytes=8, gradient_bytes=8)
-        outputs = 2 * (num_ranks - 1) / num_ranks * BATCH_SIZE * NUM_CLASSES * 4  # the model has fc8's in float32
+        outputs = 2 * (num_ranks - 1) / num_ranks * BATCH_SIZE * NUM_CLASSES * 4  # predicted in float32
         for rank in range(num_ranks):
             assert sent[rank]["parameters"] == pytest.approx(predicted.sent_bytes["parameters"], rel=1e-12)
             assert sent[rank]["activations"] == predicted.sent_bytes["activations"] + (outputs if mode != "data" else 0)
@@ -148,12 +150,12 @@ def assert_modes_equal_one_process(folder: Path, modes: tuple[str, ...], num_ran
             assert (got["bf16"]["fc6.weight"] != expected["first"]["fc6.weight"]).any()
 
 
-def test_every_mode_on_two_ranks_equals_one_process_and_sends_what_the_model_says(one):
+def test_every_mode_on_two_ranks_equals_one_process_and_sends_what_the_shapes_say(one):
     assert_modes_equal_one_process(one, ("data", "columns", "hybrid"), 2)
 
 
 @pytest.mark.slow
-def test_data_and_hybrid_on_four_ranks_equal_one_process_and_send_what_the_model_says(one):
+def test_data_and_hybrid_on_four_ranks_equal_one_process_and_send_what_the_shapes_say(one):
     assert_modes_equal_one_process(one, ("data", "hybrid"), 4)
 
 
@@ -177,3 +179,41 @@ def test_a_mode_that_recipe_or_ranks_do_not_allow_is_refused_with_the_remedy(mod
 def test_hybrid_takes_any_number_of_ranks_that_divides_4096():
     for world_size in (2, 4, 8, 64, 4096):
         check("hybrid", replace(RECIPES["paper"], global_batch_size=4096), world_size)
+
+
+PAPER = RECIPES["paper"]
+NUM_WEIGHTS, NUM_CONV = 60_965_224, 2_334_080
+
+
+def test_bytes_of_the_papers_net_at_batch_128_on_two_ranks_are_those_counted_by_hand():
+    data, columns, hybrid = (predict_traffic(mode, PAPER, 1000, 2) for mode in MODES)
+    assert data.sent_bytes == {"parameters": 4 * NUM_WEIGHTS, "activations": 0, "input": 0}
+    conv3, fc6, fc7, fc8 = 128 * 128 * 13 * 13, 128 * 128 * 36, 128 * 2048, 64 * 1000  # what the other tower needs
+    assert columns.sent_bytes["activations"] == 2 * 4 * (conv3 + fc6 + fc7 + fc8)
+    assert columns.sent_bytes["input"] == 64 * (224 * 224 * 3 + 12) and columns.sent_bytes["parameters"] == 0
+    assert hybrid.sent_bytes["parameters"] == 4 * NUM_CONV and hybrid.sent_bytes["input"] == 0
+    assert hybrid.sent_bytes["activations"] == 2 * 4 * (64 * 9216 + fc7 + fc8)
+
+
+def test_data_parallel_sends_twice_the_weights_however_many_ranks():
+    for num_ranks in (2, 8, 64):
+        sent = predict_traffic("data", replace(PAPER, global_batch_size=64), 1000, num_ranks).sent_bytes["parameters"]
+        assert sent == pytest.approx(2 * (num_ranks - 1) / num_ranks * 4 * NUM_WEIGHTS)
+
+
+def choose_mode(world_size, asked=None, saved=None) -> Parallel:
+    return choose_parallel(PAPER, world_size, asked=asked or {}, saved=saved or {})
+
+
+def test_what_is_asked_for_goes_before_what_the_run_had_and_that_before_the_default():
+    assert choose_mode(2) == DATA == choose_mode(1, {"mode": "columns"})
+    saved = {"mode": "hybrid", "gradients": "bf16"}
+    assert choose_mode(2, saved=saved) == Parallel("hybrid", gradients="bf16")
+    assert choose_mode(2, {"mode": "columns"}, saved) == Parallel("columns", gradients="bf16")
+
+
+def test_a_mode_that_the_ranks_do_not_allow_is_refused_if_asked_for_and_left_if_not(capsys):
+    with pytest.raises(UserError, match="4 ranks, expected 2"):
+        choose_mode(4, {"mode": "columns"})
+    assert choose_mode(4, saved={"mode": "columns"}) == DATA
+    assert "the run had --parallel columns, this one has data" in capsys.readouterr().err

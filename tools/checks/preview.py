@@ -16,19 +16,18 @@ from pipeline.colors import ColorStats
 from pipeline.common.errors import UserError
 from pipeline.common.files import write_atomic
 from pipeline.loader import TrainLoader, read_pixels
-from pipeline.manifest import CLS_DIGITS, KEY_DIGITS, Shard, index_header
+from pipeline.manifest import CLS_DIGITS, ENDINGS, KEY_DIGITS, Shard, index_header
 from pipeline.options import LoaderOptions
 from pipeline.shards import ShardSet
+from tools.checks.shards import BLOCK_BYTES, open_index
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
-BLOCK_BYTES = 512
 NUM_DRAWS = 4
 _CROP_PX = 224
-_ROW_WORDS = 8  # of an index: ext offset size name, of the image and of the label
 
 
 class View(NamedTuple):
@@ -52,19 +51,6 @@ class Sample:
     views: tuple[View, ...]
 
 
-class _Span(NamedTuple):
-    """Where a sample lies in a tar, headers and padding included, and its row of the index."""
-
-    first: int
-    last: int
-    words: tuple[str, ...]
-
-    def row(self, moved: int) -> str:
-        words = list(self.words)
-        words[1], words[5] = str(int(words[1]) + moved), str(int(words[5]) + moved)
-        return " ".join(words)
-
-
 def draw_samples(
     shards: ShardSet,
     colors: ColorStats,
@@ -86,21 +72,21 @@ def draw_samples(
     chosen = np.sort(np.argsort(np.random.PCG64(seed).random_raw(num_held), kind="stable")[:num_samples])
     with tempfile.TemporaryDirectory(prefix="alexnet-preview-") as folder:
         copied = copy_samples(shards, split, chosen.tolist(), Path(folder))
-        rows = copied.indices("train")[0].read_text(encoding="ascii").splitlines()[1:]
-        keys = [row.split()[3].partition(".")[0] for row in rows]
+        ending = ENDINGS[shards.manifest.encoding]
+        keys = open_index(copied.tars("train")[0], copied.shards("train")[0], ending).keys.tolist()
         stored = [(image, int(label)) for batch in read_pixels(copied, num_threads=1)
                   for image, label in zip(batch.images.numpy().copy(), batch.labels, strict=True)]  # fmt: skip
-        views: dict[str, list[View]] = {key: [] for key in keys}
+        views: dict[int, list[View]] = {key: [] for key in keys}
         for key, view in _draw_views(copied, colors, num_draws, seed):
             views[key].append(view)
     names = [entry.name for entry in shards.manifest.classes]
     return [
-        Sample(key, label, names[label], image, tuple(views[key]))
+        Sample(f"{key:0{KEY_DIGITS}d}", label, names[label], image, tuple(views[key]))
         for key, (image, label) in zip(keys, stored, strict=True)
     ]
 
 
-def _draw_views(shards: ShardSet, colors: ColorStats, num_draws: int, seed: int) -> Iterator[tuple[str, View]]:
+def _draw_views(shards: ShardSet, colors: ColorStats, num_draws: int, seed: int) -> Iterator[tuple[int, View]]:
     num_samples = shards.num_samples("train")
     loader = TrainLoader(shards, colors, options=LoaderOptions(num_threads=1), global_batch_size=num_samples, seed=seed)
     edge = (colors.mean_image.shape[0] - _CROP_PX) // 2
@@ -112,10 +98,7 @@ def _draw_views(shards: ShardSet, colors: ColorStats, num_draws: int, seed: int)
             for number, key in enumerate(draws.keys.tolist()):
                 pixels = images[number].numpy().transpose(1, 2, 0) + mean
                 y, x = draws.offset[number].tolist()
-                yield (
-                    f"{key:0{KEY_DIGITS}d}",
-                    View((y, x), bool(draws.flip[number]), draws.shift[number].numpy().copy(), pixels),
-                )
+                yield key, View((y, x), bool(draws.flip[number]), draws.shift[number].numpy().copy(), pixels)
 
 
 def copy_samples(shards: ShardSet, split: str, positions: list[int], folder: Path) -> ShardSet:
@@ -123,7 +106,7 @@ def copy_samples(shards: ShardSet, split: str, positions: list[int], folder: Pat
 
     Only these samples and the indices of their shards are read.
     """
-    tar, rows, copied = folder / "train-000000.tar", [], 0
+    tar, ending, rows = folder / "train-000000.tar", ENDINGS[shards.manifest.encoding], []
     chosen, first = [], 0
     for shard in shards.shards(split):
         here = [position - first for position in sorted(positions) if first <= position < first + shard.samples]
@@ -135,40 +118,21 @@ def copy_samples(shards: ShardSet, split: str, positions: list[int], folder: Pat
     with tar.open("wb") as out:
         for shard, here in chosen:
             path = shards.root / shard.file
+            index = open_index(path, shard, ending)
             with path.open("rb") as file:
-                for span in _find_spans(path, here):
-                    file.seek(span.first)
-                    out.write(file.read(span.last - span.first))
-                    rows.append(span.row(copied - span.first))
-                    copied += span.last - span.first
+                for number in here:
+                    key, image, size, label = (int(column[number]) for column in index)
+                    name, begin = f"{key:0{KEY_DIGITS}d}", image - BLOCK_BYTES
+                    moved = out.tell() - begin
+                    row = f"{ending} {image + moved} {size} {name}.{ending}"
+                    rows.append(f"{row} cls {label + moved} {CLS_DIGITS} {name}.cls")
+                    file.seek(begin)
+                    out.write(file.read(label + BLOCK_BYTES - begin))
         out.write(bytes(2 * BLOCK_BYTES))
     tar.with_suffix(".idx").write_text("\n".join([index_header(len(rows)), *rows, ""]), encoding="ascii")
     data = tar.read_bytes()
     one = Shard(tar.name, "train", len(rows), len(data), hashlib.sha256(data).hexdigest())
     return ShardSet(folder, replace(shards.manifest, shards=(one,), totals={"train": len(rows), "val": 0}))
-
-
-def _find_spans(tar: Path, numbers: list[int]) -> list[_Span]:
-    """Where the samples of these rows are. Raises UserError for an index that does not fit."""
-    path = tar.with_suffix(".idx")
-    lines = path.read_bytes().decode("ascii", "backslashreplace").splitlines()[1:]
-    spans = []
-    for number in numbers:
-        words = tuple(lines[number].split()) if number < len(lines) else ()
-        try:
-            image, size, label = (int(words[position]) for position in (1, 2, 5))
-            end = image + -(-size // BLOCK_BYTES) * BLOCK_BYTES
-            if len(words) != _ROW_WORDS or label != end + BLOCK_BYTES or int(words[6]) != CLS_DIGITS:
-                raise ValueError("image and label are not side by side")
-            if label + BLOCK_BYTES > tar.stat().st_size:
-                raise ValueError("beyond the end of the tar")
-        except (ValueError, IndexError) as error:
-            raise UserError(
-                f"{path}: row {number + 1} does not fit its tar ({error}); find out more with "
-                f"`alexnet-prep verify --shards {tar.parent}`"
-            ) from error
-        spans.append(_Span(image - BLOCK_BYTES, label + BLOCK_BYTES, words))
-    return spans
 
 
 INK, GREY = "#222222", "#666666"
@@ -330,12 +294,9 @@ def _show_cloud(axes: Any, samples: list[Sample], colors: ColorStats) -> None:
     """Some pixels of the stored images, each in its own colour, and the axes through the mean."""
     cloud = _pick_pixels(samples)
     axes.scatter(*cloud.T.astype(float), c=cloud / 255.0, s=5, linewidths=0, alpha=0.75, depthshade=False, zorder=1)
-    for axis, (colour, line, marker) in enumerate(AXES):
+    for axis in range(len(AXES)):
         reach = _REACH * np.sqrt(colors.eigenvalues[axis]) * colors.eigenvectors[:, axis]
-        ends = np.stack([colors.mean - reach, colors.mean + reach])
-        axes.plot(*ends.T, color="white", linewidth=4.6, zorder=2)
-        axes.plot(*ends.T, color=colour, linewidth=2.2, linestyle=line, marker=marker, markersize=6,
-                  markeredgecolor="white", zorder=3, label=f"axis {axis + 1}")  # fmt: skip
+        _draw_axis(axes, axis, *np.stack([colors.mean - reach, colors.mean + reach]).T)
     axes.set(xlim=(0, 255), ylim=(0, 255), zlim=(0, 255), xlabel="red", ylabel="green", zlabel="blue")
     for direction, ticks in ((axes.xaxis, [0, 128, 255]), (axes.yaxis, [128, 255]), (axes.zaxis, [128, 255])):
         direction.set_ticks(ticks)  # 0 once: in the corner the labels would run into each other
@@ -345,6 +306,14 @@ def _show_cloud(axes: Any, samples: list[Sample], colors: ColorStats) -> None:
     axes.view_init(elev=_ELEVATION_DEG, azim=choose_azimuth_deg(colors.eigenvectors))
     axes.set_box_aspect((1, 1, 1), zoom=0.92)
     axes.legend(loc="upper left", frameon=False, fontsize=_SMALL, handlelength=3.2)
+
+
+def _draw_axis(axes: Any, axis: int, *ends: Any) -> None:
+    """A line between two points, given by coordinates, in the style of a colour axis."""
+    colour, line, marker = AXES[axis]
+    axes.plot(*ends, color="white", linewidth=4.6, zorder=2)
+    axes.plot(*ends, color=colour, linewidth=2.2, linestyle=line, marker=marker, markersize=6, markeredgecolor="white",
+              zorder=3, label=f"axis {axis + 1}")  # fmt: skip
 
 
 def choose_azimuth_deg(eigenvectors: Floats) -> int:
@@ -364,12 +333,8 @@ def _show_plane(axes: "Axes", samples: list[Sample], colors: ColorStats, plane: 
     along = (cloud - colors.mean) @ colors.eigenvectors[:, plane]
     axes.scatter(along[:, 0], along[:, 1], c=cloud / 255.0, s=5, linewidths=0, alpha=0.75, zorder=1)
     for axis, direction in zip(plane, ((1, 0), (0, 1)), strict=True):
-        colour, line, marker = AXES[axis]
         reach = _REACH * np.sqrt(colors.eigenvalues[axis])
-        ends = [[-reach * part, reach * part] for part in direction]
-        axes.plot(*ends, color="white", linewidth=4.6, zorder=2)
-        axes.plot(*ends, color=colour, linewidth=2.2, linestyle=line, marker=marker, markersize=6,
-                  markeredgecolor="white", zorder=3)  # fmt: skip
+        _draw_axis(axes, axis, *([-reach * part, reach * part] for part in direction))
     axes.set_aspect("equal", adjustable="datalim")
     axes.set_xlabel(f"along axis {plane[0] + 1} (grey levels)", size=_SMALL)
     axes.set_ylabel(f"along axis {plane[1] + 1}", size=_SMALL)

@@ -1,33 +1,36 @@
-"""One shard read from end to end, held against its index, its record and its line in the manifest."""
+"""One shard read from end to end and held against its index, its record and its line in the manifest."""
 
 import hashlib
 import io
-import json
 import os
 import re
+import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import BinaryIO, NamedTuple
 
+from pipeline.common.errors import UserError
+from pipeline.common.files import read_json
 from pipeline.manifest import CLS_DIGITS, ENDINGS, IMAGE_SIZE_PX, KEY_DIGITS, MANIFEST, Shard, index_header
+from pipeline.shards import Index, check_places, read_index
+from tools.sharding.record import Record
 
 BLOCK_BYTES = 512
-READ_BYTES = 1 << 18  # stays in the processor's cache between reading, hashing and taking apart
+READ_BYTES = 1 << 18  # stays in the processor's cache between reading and hashing
 RAW_BYTES = IMAGE_SIZE_PX * IMAGE_SIZE_PX * 3
 SHOWN_PER_KIND = 20  # problems of one kind in one file; the rest are counted
+REPORT_EVERY = 200  # samples
 _LARGEST_HELD_BYTES = 1 << 26  # a larger member is hashed and measured, not held in memory
 _MEMBER_NAME = re.compile(rf"([0-9]{{{KEY_DIGITS}}})\.([a-z]+)")
-_OCTAL = re.compile(rb"[0-7]+")
 _LABEL = re.compile(rb"[0-9]{%d}" % CLS_DIGITS)
-_CHECKSUM, _SIZE, _NAME, _PREFIX = slice(148, 156), slice(124, 136), slice(0, 100), slice(345, 500)
 
 
 class Problem(NamedTuple):
     """A contradiction: the file it is in, the sample's key ("" for a whole file), what was found, what was expected,
-    and what has to be made again: "shard", "manifest", "colors", or "extra" for what does not belong there."""
+    and what has to be made again: "shard", "manifest", "job", "colors", or "extra" for what does not belong there."""
 
     file: str
     key: str
@@ -44,6 +47,7 @@ class Findings:
     _counts: Counter[tuple[str, str, str]] = field(default_factory=Counter)
 
     def add(self, kind: str, file: str, what: str, expected: str, *, key: str = "", mend: str = "shard") -> None:
+        """Count a problem, and keep it unless there are many of its kind."""
         self._counts[file, kind, mend] += 1
         if self._counts[file, kind, mend] <= SHOWN_PER_KIND:
             self.shown.append(Problem(file, key, what, expected, mend))
@@ -62,6 +66,22 @@ class Findings:
         return (*self.shown, *more)
 
 
+def reason_of(error: UserError, path: Path) -> str:
+    """What a UserError about `path` says, without the path and the remedy."""
+    return str(error).removeprefix(f"{path}: ").rpartition("; ")[0]
+
+
+def open_index(tar: Path, shard: Shard, ending: str) -> Index:
+    """The index beside `tar`. Raises UserError, naming `alexnet-prep verify`, for one that does not fit the tar."""
+    path = tar.with_suffix(".idx")
+    try:
+        check_places(path, shard, ending)
+        return read_index(path, shard, ending)
+    except UserError as error:
+        hint = f"find out more with `alexnet-prep verify --shards {tar.parent}`"
+        raise UserError(f"{path}: damaged index ({reason_of(error, path)}); {hint}") from error
+
+
 class Member(NamedTuple):
     """One entry of a tar: name as it stands there, offset and size of its data, the data (None if it is enormous)."""
 
@@ -73,105 +93,74 @@ class Member(NamedTuple):
 
 
 class TarReader:
-    """A tar being read: bytes and SHA-256 so far; `is_whole` when it has been found to end as a tar does."""
+    """A tar being read: bytes and SHA-256 so far; `is_whole` when it has been found to end as a tar does.
 
-    def __init__(self, file: io.FileIO) -> None:
+    Headers are read by the standard library, but not the archive: it ends in silence at a header that is none, obeys
+    headers that rename or move what follows, and takes three times as long.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
         self._file = file
-        self._block = memoryview(bytearray(READ_BYTES))
-        self._at = self._end = 0  # what is in the block, hashed and not yet taken
-        self.num_bytes = os.fstat(file.fileno()).st_size
         self.offset, self.digest, self.is_whole = 0, hashlib.sha256(), False
 
     def members(self, complain: Callable[[str, str], None]) -> Iterator[Member]:
         """Every member up to the end, or to what is none: that is told to `complain`. Reads all of the file."""
-        while True:
-            at = self.offset
-            block = self._take(BLOCK_BYTES)
-            left = self.num_bytes - self.offset
-            if not any(block):
-                self._read_end(at, len(block), complain)
-                return
+        num_bytes = os.fstat(self._file.fileno()).st_size
+        while any(block := self._read(BLOCK_BYTES)):
+            at, left = self.offset - len(block), num_bytes - self.offset
             try:
-                name, size, is_file = parse_header(block)
-            except ValueError as error:
+                header = tarfile.TarInfo.frombuf(block, "ascii", "backslashreplace")
+            except tarfile.HeaderError as error:
                 complain(f"at byte {at}: no header of a member ({error})", "a tar from end to end")
                 break
-            if size > left:
+            name, size = header.name, header.size
+            if not 0 <= size <= left:
                 complain(f"{name!r} at byte {at} has {left} of its {size} bytes (truncated)", "a tar from end to end")
                 break
-            offset = self.offset
-            data = self._take(size) if size <= _LARGEST_HELD_BYTES else None
-            self._pass(size if data is None else 0)
-            self._take(-size % BLOCK_BYTES)
-            yield Member(name, is_file, offset, size, data)
-        self._pass(self.num_bytes)
-
-    def _read_end(self, at: int, num_zeros: int, complain: Callable[[str, str], None]) -> None:
-        start = self.offset
-        is_clean = self._pass(self.num_bytes)
-        if not is_clean:
-            complain(f"data after the end mark at byte {at}", "nothing but zeros there")
-        elif num_zeros + self.offset - start < 2 * BLOCK_BYTES:
-            complain(f"ends at byte {self.offset} without an end mark (truncated)", "two blocks of zeros at the end")
+            offset, data = self.offset, None
+            if size <= _LARGEST_HELD_BYTES:
+                data = self._read(size)
+            else:
+                self._pass(size)
+            self._read(-size % BLOCK_BYTES)
+            yield Member(name, header.type in (tarfile.REGTYPE, tarfile.AREGTYPE), offset, size, data)
         else:
-            self.is_whole = True
+            at = self.offset - len(block)
+            if not self._pass(num_bytes):
+                complain(f"data after the end mark at byte {at}", "nothing but zeros there")
+            elif self.offset - at < 2 * BLOCK_BYTES:
+                what = f"ends at byte {self.offset} without an end mark (truncated)"
+                complain(what, "two blocks of zeros at the end")
+            else:
+                self.is_whole = True
+        self._pass(num_bytes)
 
-    def _take(self, num_bytes: int) -> bytes:
-        # Hashed block by block: piece by piece, the calls would cost as much as the hash.
-        pieces = []
-        while num_bytes > 0:
-            if self._at == self._end:
-                self._at, self._end = 0, self._file.readinto(self._block)
-                self.digest.update(self._block[: self._end])
-                if not self._end:
-                    break
-            pieces.append(bytes(self._block[self._at : min(self._at + num_bytes, self._end)]))
-            self._at += len(pieces[-1])
-            num_bytes -= len(pieces[-1])
-            self.offset += len(pieces[-1])
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+    def _read(self, num_bytes: int) -> bytes:
+        data = self._file.read(num_bytes)
+        self.digest.update(data)
+        self.offset += len(data)
+        return data
 
     def _pass(self, num_bytes: int) -> bool:
         """Read on without keeping anything; whether it was all zeros."""
         is_zero = True
-        while num_bytes > 0 and (data := self._take(min(num_bytes, READ_BYTES))):
+        while num_bytes > 0 and (data := self._read(min(num_bytes, READ_BYTES))):
             num_bytes -= len(data)
             is_zero &= data.count(0) == len(data)
         return is_zero
-
-
-def parse_header(block: bytes) -> tuple[str, int, bool]:
-    """Name, size and whether it is a plain file, of a member's header. Raises ValueError for other bytes."""
-    if len(block) < BLOCK_BYTES:
-        raise ValueError(f"{len(block)} of {BLOCK_BYTES} bytes")
-    told = block[_CHECKSUM].strip(b"\0 ")
-    if not _OCTAL.fullmatch(told) or int(told, 8) != sum(block) - sum(block[_CHECKSUM]) + 8 * ord(" "):
-        raise ValueError("its checksum is wrong")
-    size = block[_SIZE].strip(b"\0 ")
-    if not _OCTAL.fullmatch(size):
-        raise ValueError(f"its size is {size!r}")
-    name = block[_NAME].partition(b"\0")[0]
-    if prefix := block[_PREFIX].partition(b"\0")[0]:
-        name = prefix + b"/" + name
-    return name.decode("ascii", "backslashreplace"), int(size, 8), block[156:157] in (b"0", b"\0")
 
 
 class Samples:
     """Samples as their members come by: keys, labels (-1 where unusable), and the rows an index of them has.
 
     `ending` is the images' (None: any we know), `num_classes` bounds the labels (None: unbounded), `decode` has every
-    image decoded. `complain(kind, what, expected, key)` is told what is wrong.
+    image decoded. What is wrong in `file` goes to `found`.
     """
 
     def __init__(
-        self,
-        complain: Callable[[str, str, str, str], None],
-        *,
-        ending: str | None,
-        num_classes: int | None,
-        decode: bool,
+        self, found: Findings, file: str, *, ending: str | None, num_classes: int | None, decode: bool
     ) -> None:
-        self._complain, self._num_classes, self._decode = complain, num_classes, decode
+        self._found, self._file, self._num_classes, self._decode = found, file, num_classes, decode
         self._endings = (ending,) if ending else tuple(ENDINGS.values())
         self.keys: list[str] = []
         self.labels: list[int] = []
@@ -179,7 +168,11 @@ class Samples:
         self._seen: set[str] = set()
         self._key, self._parts, self._label = "", dict[str, str](), -1
 
+    def _complain(self, kind: str, what: str, expected: str, key: str) -> None:
+        self._found.add(kind, self._file, what, expected, key=key)
+
     def add(self, member: Member) -> None:
+        """The next member of the tar."""
         match = _MEMBER_NAME.fullmatch(member.name)
         key, ending = match.groups() if match else ("", "")
         if not member.is_file or ending not in (*self._endings, "cls"):
@@ -192,7 +185,7 @@ class Samples:
             self._key = key
         self._parts[ending] = f"{ending} {member.offset} {member.size} {member.name}"
         if ending == "cls":
-            self._label = self._read_label(member, key)
+            self._label = self._read_label(member.data or b"", key)
         elif fault := find_fault(member, ending, decode=self._decode):
             self._complain("unusable images", f"{member.name}: {fault}", f"{IMAGE_SIZE_PX}x{IMAGE_SIZE_PX} RGB", key)
 
@@ -200,8 +193,7 @@ class Samples:
         """The sample begun is over: the next member is another's, or there is none."""
         if not self._parts:
             return
-        images = [ending for ending in self._parts if ending != "cls"]
-        if len(images) != 1 or "cls" not in self._parts:
+        if len(self._parts) != 2 or "cls" not in self._parts:
             has = ", ".join(f".{ending}" for ending in self._parts)
             self._complain("incomplete samples", f"has {has}", "one image and one .cls, side by side", self._key)
         if self._key in self._seen:
@@ -212,34 +204,30 @@ class Samples:
         self.rows.append(" ".join(self._parts.values()))
         self._parts, self._label = {}, -1
 
-    def _read_label(self, member: Member, key: str) -> int:
-        data = member.data or b""
+    def _read_label(self, data: bytes, key: str) -> int:
         bound = "" if self._num_classes is None else f", 0 to {self._num_classes - 1}"
-        expected = f"{CLS_DIGITS} digits{bound}"
         if not _LABEL.fullmatch(data):
-            self._complain("bad labels", f"label is {data[:16]!r}", expected, key)
-            return -1
-        if self._num_classes is not None and int(data) >= self._num_classes:
-            self._complain("bad labels", f"label {int(data)} is out of range", expected, key)
-            return -1
-        return int(data)
+            what = f"label is {data[:16]!r}"
+        elif self._num_classes is not None and int(data) >= self._num_classes:
+            what = f"label {int(data)} is out of range"
+        else:
+            return int(data)
+        self._complain("bad labels", what, f"{CLS_DIGITS} digits{bound}", key)
+        return -1
 
 
 def find_fault(member: Member, ending: str, *, decode: bool) -> str | None:
     """What is wrong with a stored image: its size if it is raw; with `decode`, whatever its decoder finds."""
+    from PIL import Image
+
     if ending == ENDINGS["raw"]:
         return None if member.size == RAW_BYTES else f"{member.size} bytes, raw pixels have {RAW_BYTES}"
     if not member.size:
         return "empty"
-    return find_decoding_fault(member.data or b"") if decode else None
-
-
-def find_decoding_fault(data: bytes) -> str | None:
-    """Why `data` is no JPEG of 256x256 RGB pixels that decodes from end to end; None if it is one."""
-    from PIL import Image
-
+    if not decode:
+        return None
     try:
-        with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
+        with Image.open(io.BytesIO(member.data or b""), formats=("JPEG",)) as image:
             if image.size != (IMAGE_SIZE_PX, IMAGE_SIZE_PX) or image.mode != "RGB":
                 return f"{image.size[0]}x{image.size[1]} {image.mode}"
             image.load()
@@ -247,11 +235,6 @@ def find_decoding_fault(data: bytes) -> str | None:
         reason = " ".join(str(error).split()).partition(" <_io.")[0]
         return f"cannot be decoded ({type(error).__name__}: {reason})"
     return None
-
-
-REPORT_EVERY = 200  # samples
-_KEY = re.compile(rf"[0-9]{{{KEY_DIGITS}}}")
-_FAILURE_FIELDS = {"source", "reason", "exception"}
 
 
 @dataclass(frozen=True)
@@ -270,19 +253,6 @@ class Task:
         return self.file
 
 
-class Record(NamedTuple):
-    """What a unit's record says: its shard, the index's SHA-256, the job, where images were encoded (cpu, gpu), source
-    by key, what was mended by key, failures."""
-
-    shard: Shard
-    idx_sha256: str
-    job: str
-    device: str
-    sources: dict[str, str]
-    repaired: dict[str, str]
-    failures: tuple[dict[str, str], ...]
-
-
 @dataclass(frozen=True)
 class Checked:
     """What a shard holds and what is wrong with it; keys and labels in stored order, without record: None."""
@@ -295,107 +265,65 @@ class Checked:
     problems: tuple[Problem, ...]
     num_problems: int
 
+    @property
+    def split(self) -> str:
+        return self.file.partition("-")[0]
 
-class _Read(NamedTuple):
-    """A tar that could be read: as a manifest would have it, whether it is whole, its samples."""
+    @property
+    def record_name(self) -> str:
+        return _record_of(self.file)
 
-    shard: Shard
-    is_whole: bool
-    samples: Samples
+
+def _record_of(file: str) -> str:
+    return Path(file).with_suffix(".json").name
 
 
 def check_shard(task: Task, report: Callable[[int], None]) -> Checked:
     """Read one shard and find everything that is wrong with it; `report(n)` after every so many samples."""
     found = Findings()
-    path = task.root / task.file
-    record = read_record(path.with_suffix(".json"), found)
-    read = _read_tar(task, path, report, found)
-    if read:
-        is_intact = _compare_counts(task, read, record, found)
-        _compare_index(path.with_suffix(".idx"), read, record, found, is_intact=is_intact)
-        if record and read.is_whole:
-            _compare_sources(path.with_suffix(".json").name, read.samples, record, found)
-    elif not path.with_suffix(".idx").is_file():
-        found.add("index", path.with_suffix(".idx").name, "missing", "an index beside its tar")
+    record = _find_record(task.root / _record_of(task.file), found)
+    samples = Samples(found, task.file, ending=task.ending, num_classes=task.num_classes, decode=task.decode)
+    index = task.root / Path(task.file).with_suffix(".idx")
+    tar = _read_tar(task, samples, report, found)
+    if tar:
+        is_intact = _compare_counts(task, tar, len(samples.keys), record, found)
+        _compare_index(index, samples, record, found, is_intact=is_intact)
+        if record and tar.is_whole:
+            _compare_sources(_record_of(task.file), samples, record, found)
+    elif not index.is_file():
+        found.add("index", index.name, "missing", "an index beside its tar")
     return Checked(
         file=task.file,
-        keys=tuple(read.samples.keys) if read else (),
-        labels=tuple(read.samples.labels) if read else (),
-        num_bytes=read.shard.bytes if read else 0,
+        keys=tuple(samples.keys) if tar else (),
+        labels=tuple(samples.labels) if tar else (),
+        num_bytes=tar.offset if tar else 0,
         record=record,
         problems=found.list_problems(),
         num_problems=found.num_problems,
     )
 
 
-def read_record(path: Path, found: Findings) -> Record | None:
+def _find_record(path: Path, found: Findings) -> Record | None:
     """The record at `path`; None, and a problem, if there is none or it is not one."""
-    expected = "the record of its shard"
     try:
-        raw = load_strictly(path)
-        shard = Shard(raw["file"], raw["split"], raw["samples"], raw["bytes"], raw["sha256"])
-        record = Record(
-            shard,
-            raw["idx_sha256"],
-            raw["job"],
-            raw["device"],
-            raw["sources"],
-            raw["repaired"],
-            tuple(raw["failures"]),
-        )
-        if not _is_well_typed(record):
-            raise TypeError("a value of another type")
-    except FileNotFoundError:
-        found.add("record", path.name, "missing", expected)
-    except OSError as error:
-        found.add("record", path.name, f"cannot be read: {error.strerror}", expected)
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        found.add("record", path.name, f"no record ({type(error).__name__}: {error})", expected)
-    else:
-        return record
+        return Record.parse(read_json(path))
+    except UserError as error:
+        what = f"no record ({reason_of(error, path)})" if path.is_file() else "missing"
+    except (KeyError, TypeError) as error:
+        what = f"no record ({type(error).__name__}: {error})"
+    found.add("record", path.name, what, "the record of its shard")
     return None
 
 
-def load_strictly(path: Path) -> Any:
-    """Decoded JSON. Raises OSError, or ValueError for what is none and for an object with a name twice."""
-    return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_refuse_doubles)
+def peek_record(tar: Path) -> Record | None:
+    """The record beside `tar`, None if there is none that can be read."""
+    return _find_record(tar.with_suffix(".json"), Findings())
 
 
-def _refuse_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(dict(pairs)) != len(pairs):
-        raise ValueError("a name comes twice in one object")
-    return dict(pairs)
-
-
-def _is_well_typed(record: Record) -> bool:
-    shard = record.shard
-    texts = (shard.file, shard.split, shard.sha256, record.idx_sha256, record.job, record.device)
-    return (
-        all(isinstance(text, str) for text in texts)
-        and all(type(number) is int for number in (shard.samples, shard.bytes))
-        and isinstance(record.sources, dict)
-        and isinstance(record.repaired, dict)
-        and all(_KEY.fullmatch(key) for key in record.sources)
-        and all(isinstance(text, str) and text for text in (*record.sources.values(), *record.repaired.values()))
-        and all(
-            isinstance(failure, dict)
-            and set(failure) >= _FAILURE_FIELDS
-            and all(isinstance(text, str) for text in failure.values())
-            for failure in record.failures
-        )
-    )
-
-
-def _read_tar(task: Task, path: Path, report: Callable[[int], None], found: Findings) -> _Read | None:
-    samples = Samples(
-        lambda kind, what, expected, key: found.add(kind, task.file, what, expected, key=key),
-        ending=task.ending,
-        num_classes=task.num_classes,
-        decode=task.decode,
-    )
+def _read_tar(task: Task, samples: Samples, report: Callable[[int], None], found: Findings) -> TarReader | None:
     num_reported = 0
     try:
-        with path.open("rb", buffering=0) as file:
+        with (task.root / task.file).open("rb", buffering=READ_BYTES) as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
             tar = TarReader(file)
             for member in tar.members(partial(found.add, "structure", task.file)):
@@ -405,40 +333,45 @@ def _read_tar(task: Task, path: Path, report: Callable[[int], None], found: Find
                     num_reported = len(samples.keys)
         samples.close()
     except FileNotFoundError:
-        size = f"a tar of {task.listed.bytes} bytes" if task.listed else "a tar"
-        found.add("tar", task.file, "missing", size)
+        found.add("tar", task.file, "missing", f"a tar of {task.listed.bytes} bytes" if task.listed else "a tar")
         return None
     except OSError as error:
         found.add("tar", task.file, f"cannot be read: {error.strerror}", "a readable file")
         return None
     report(len(samples.keys) - num_reported)
-    split = task.file.partition("-")[0]
-    return _Read(Shard(task.file, split, len(samples.keys), tar.offset, tar.digest.hexdigest()), tar.is_whole, samples)
+    return tar
 
 
-def _compare_counts(task: Task, read: _Read, record: Record | None, found: Findings) -> bool:
+def _compare_counts(task: Task, tar: TarReader, num_samples: int, record: Record | None, found: Findings) -> bool:
     """Hold size, checksum and number of samples against record and manifest; whether the tar is what it should be."""
-    is_intact = read.is_whole
-    for name in ("file", "split", "bytes", "sha256", *(["samples"] if read.is_whole else [])):
-        actual = getattr(read.shard, name)
-        listed = getattr(task.listed, name) if task.listed else None
-        recorded = getattr(record.shard, name) if record else None
-        told = [value for value in (listed, recorded) if value is not None]
-        if told and actual not in told:
-            found.add("contents", task.file, f"{name} {actual}", f"{name} {told[0]}")
+    is_intact = tar.is_whole
+    actual = {
+        "file": task.file,
+        "split": task.file.partition("-")[0],
+        "bytes": tar.offset,
+        "sha256": tar.digest.hexdigest(),
+        "samples": num_samples,
+    }
+    for name, value in actual.items():
+        listed, recorded = getattr(task.listed, name, None), getattr(record, name, None)
+        told = [each for each in (listed, recorded) if each is not None]
+        if name == "samples" and not tar.is_whole:
+            break
+        if told and value not in told:
+            found.add("contents", task.file, f"{name} {value}", f"{name} {told[0]}")
             is_intact = False
             if name == "bytes":
                 break  # of a truncated tar checksum and number of samples say nothing new
-        elif listed not in (None, actual):
-            what = f"{task.file}: {name} {listed}"
-            found.add("shards", MANIFEST, what, f"{name} {actual}, as tar and record have it", mend="manifest")
-        elif recorded not in (None, actual):
-            record_name = Path(task.file).with_suffix(".json").name
-            found.add("record", record_name, f"{name} {recorded!r}", f"{name} {actual}, as tar and manifest have it")
+        elif listed not in (None, value):
+            what, expected = f"{task.file}: {name} {listed}", f"{name} {value}, as tar and record have it"
+            found.add("shards", MANIFEST, what, expected, mend="manifest")
+        elif recorded not in (None, value):
+            expected = f"{name} {value}, as tar and manifest have it"
+            found.add("record", _record_of(task.file), f"{name} {recorded!r}", expected)
     return is_intact
 
 
-def _compare_index(path: Path, read: _Read, record: Record | None, found: Findings, *, is_intact: bool) -> None:
+def _compare_index(path: Path, samples: Samples, record: Record | None, found: Findings, *, is_intact: bool) -> None:
     try:
         data = path.read_bytes()
     except FileNotFoundError:
@@ -447,26 +380,22 @@ def _compare_index(path: Path, read: _Read, record: Record | None, found: Findin
     except OSError as error:
         found.add("index", path.name, f"cannot be read: {error.strerror}", "a readable file")
         return
-    is_recorded = record is not None and hashlib.sha256(data).hexdigest() == record.idx_sha256
-    if is_recorded and not is_intact:
+    sha256 = hashlib.sha256(data).hexdigest()
+    if record and sha256 == record.idx_sha256 and not is_intact:
         return  # a damaged tar differs from its index: that is no fault of the index
-    expected = [index_header(len(read.samples.rows)), *read.samples.rows, ""]
+    expected = [index_header(len(samples.rows)), *samples.rows, ""]
     rows = data.decode("ascii", "backslashreplace").split("\n")
     if rows == expected:
-        if record and not is_recorded:
-            what = f"idx_sha256 {record.idx_sha256}"
-            found.add(
-                "record", path.with_suffix(".json").name, what, f"{hashlib.sha256(data).hexdigest()}, the index's"
-            )
+        if record and sha256 != record.idx_sha256:
+            found.add("record", _record_of(path.name), f"idx_sha256 {record.idx_sha256}", f"{sha256}, the index's")
         return
     if rows[0] != expected[0]:
         found.add("index", path.name, f"stale: starts with {rows[0][:80]!r}", f"{expected[0]!r}, as its tar has it")
     for number, (row, right) in enumerate(zip(rows[1:], expected[1:], strict=False), start=1):
         if row != right:
-            key = read.samples.keys[number - 1] if number <= len(read.samples.keys) else ""
-            found.add(
-                "index rows", path.name, f"row {number} is {row[:200]!r}", f"{right!r}, as its tar has it", key=key
-            )
+            key = samples.keys[number - 1] if number <= len(samples.keys) else ""
+            what = f"row {number} is {row[:200]!r}"
+            found.add("index rows", path.name, what, f"{right!r}, as its tar has it", key=key)
     if len(rows) != len(expected):
         found.add("index", path.name, f"stale: {len(rows)} lines", f"{len(expected)} lines, as its tar has samples")
 

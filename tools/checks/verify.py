@@ -16,14 +16,16 @@ import numpy as np
 from pipeline.colors import COLOR_FILE, MEAN_IMAGE_FILE, ColorStats
 from pipeline.common.console import Progress
 from pipeline.common.errors import UserError
+from pipeline.common.files import read_json
 from pipeline.download import CHECKED
 from pipeline.manifest import ENDINGS, IMAGE_SIZE_PX, KEY_DIGITS, MANIFEST, SPLITS, Manifest
 from pipeline.shards import ShardSet
 from tools.checks.info import list_holders
-from tools.checks.shards import Checked, Findings, Problem, Task, check_shard, load_strictly
+from tools.checks.shards import Checked, Findings, Problem, Task, check_shard, peek_record, reason_of
 from tools.sharding.lock import is_lock
 from tools.sharding.output import FAILURES_FILE, JOB_FILE
 from tools.sharding.plan import fingerprint_job, name_shards, order_samples
+from tools.sharding.record import Record
 from tools.sharding.workers import run_units
 from tools.sources import LAYOUTS
 from tools.sources.listing import find_wnid, split_stem
@@ -40,6 +42,13 @@ _SHARD_FILE = re.compile(r"((?:train|val)-[0-9]{6})\.(tar|idx|json)")
 _TEMPORARY = re.compile(r"\..+\.tmp[0-9]+")
 _FOLDER_FILES = {MANIFEST, COLOR_FILE, MEAN_IMAGE_FILE, FAILURES_FILE, JOB_FILE, CHECKED}
 _COLOR_TOLERANCE = 1e-5  # relative, of colour statistics among themselves: the mean image is float32
+_NAMED_BY_FOLDER = {
+    ("folder", "train"),
+    ("folder", "val"),
+    ("kaggle", "train"),
+}  # layouts: an image's folder, its class
+
+Recorded = list[tuple[Checked, Record]]
 
 
 @dataclass(frozen=True)
@@ -63,14 +72,16 @@ class Report:
         return self.num_bytes / 1e6 / max(self.duration_s, 1e-9)
 
     def to_json(self) -> dict[str, Any]:
+        """As `alexnet-prep verify --json` prints it."""
+        problems = [
+            {"shard": p.file, "key": p.key, "what": p.what, "expected": p.expected, "remedy": REMEDIES[p.mend]}
+            for p in self.problems
+        ]
         return {
             "root": str(self.root),
             "is_clean": not self.num_problems,
             "num_problems": self.num_problems,
-            "problems": [
-                {"shard": p.file, "key": p.key, "what": p.what, "expected": p.expected, "remedy": REMEDIES[p.mend]}
-                for p in self.problems
-            ],
+            "problems": problems,
             "remedy": {"delete": list(self.delete), "run": list(self.run)},
             "remarks": list(self.remarks),
             "num_shards": self.num_shards,
@@ -133,12 +144,12 @@ def _read_manifest(path: Path, found: Findings) -> Manifest | None:
         found.add("manifest", MANIFEST, what, expected, mend="manifest")
 
     try:
-        raw = load_strictly(path)
+        raw = read_json(path)
         manifest = Manifest.parse(raw, path)
-    except (UserError, ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split()).removeprefix(f"{path}: ")
-        complain(reason.partition("; make the shards again")[0], "a manifest")
+    except UserError as error:
+        complain(" ".join(reason_of(error, path).split()), "a manifest")
         return None
+    wnids = [entry.wnid for entry in manifest.classes]
     if json.loads(json.dumps(manifest.to_json())) != raw:
         complain("a name or value that no manifest has", "what `alexnet-prep shard` writes")
     if manifest.encoding not in ENDINGS:
@@ -147,7 +158,6 @@ def _read_manifest(path: Path, found: Findings) -> Manifest | None:
         complain(f"layout {manifest.layout!r}", " or ".join(LAYOUTS))
     if manifest.size_px != IMAGE_SIZE_PX:
         complain(f"size_px {manifest.size_px}", f"{IMAGE_SIZE_PX}")
-    wnids = [entry.wnid for entry in manifest.classes]
     if sorted(set(wnids)) != wnids:
         complain("wnids that are not in sorted order, each once", "a class's index is the rank of its wnid")
     return manifest
@@ -158,35 +168,20 @@ def _list_tasks(
 ) -> list[Task]:
     """A task for each shard of the manifest and each that lost all its images; without a manifest, for each on disk."""
     listed = {shard.file: shard for shard in manifest.shards} if manifest else {}
-    on_disk = {f"{match[1]}.tar" for name in names if (match := _SHARD_FILE.fullmatch(name))}
-    lost = {file for file in on_disk - set(listed) if not manifest or _peek(root / file).get("samples") == 0}
-    files = sorted(lost.union(listed))
+    files = set(listed)
+    for file in {f"{match[1]}.tar" for name in names if (match := _SHARD_FILE.fullmatch(name))} - files:
+        record = peek_record(root / file) if manifest else None
+        if not manifest or (record and not record.samples):  # such a shard is rightly not in the manifest
+            files.add(file)
     for split in SPLITS:
         here = {file for file in files if file.startswith(f"{split}-")}
         wanted = name_shards(split, int(max(here)[-10:-4]) + 1, 1) if here else []
         if absent := [name for name in wanted if name not in here]:
             what = f"{len(absent)} shards not listed, a later one is: {absent[0]}"
             found.add("shards", MANIFEST, what, "shards numbered without a gap", mend="manifest")
-    return [
-        Task(
-            root=root,
-            file=file,
-            listed=listed.get(file),
-            ending=ENDINGS.get(manifest.encoding) if manifest else None,
-            num_classes=len(manifest.classes) if manifest else None,
-            decode=decode,
-        )
-        for file in files
-    ]
-
-
-def _peek(tar: Path) -> dict[str, Any]:
-    """What the record of `tar` says, {} if nothing. (All its images lost: then it is rightly not in the manifest.)"""
-    try:
-        raw = load_strictly(tar.with_suffix(".json"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return raw if isinstance(raw, dict) else {}
+    ending = ENDINGS.get(manifest.encoding) if manifest else None
+    num_classes = len(manifest.classes) if manifest else None
+    return [Task(root, file, listed.get(file), ending, num_classes, decode) for file in sorted(files)]
 
 
 def _check_failures(path: Path, shards: list[Checked], found: Findings) -> None:
@@ -196,18 +191,16 @@ def _check_failures(path: Path, shards: list[Checked], found: Findings) -> None:
     except (OSError, ValueError, RecursionError) as error:
         found.add("failures", path.name, f"cannot be read ({error})", "one JSON object a line", mend="manifest")
         return
-    if not all(shard.record for shard in shards):
-        return  # reported; what it should hold cannot be told
-    recorded = [(shard.file, failure) for shard in shards if shard.record for failure in shard.record.failures]
-    if lines == [failure for _, failure in recorded]:
-        return
+    recorded = [(shard, failure) for shard in shards if shard.record for failure in shard.record.failures]
+    if not all(shard.record for shard in shards) or lines == [failure for _, failure in recorded]:
+        return  # without all records, which is reported, nobody can tell what it should hold
     what = f"{len(lines)} failures, other than recorded"
     found.add("failures", path.name, what, f"the {len(recorded)} of the shards' records", mend="manifest")
     if any(line not in [failure for _, failure in recorded] for line in lines):
-        for file, failure in recorded:  # list or record, one has changed: only making the shard again tells which
+        for shard, failure in recorded:  # list or record, one has changed: only making the shard again tells which
             if failure not in lines:
-                record = Path(file).with_suffix(".json").name
-                found.add("failures", record, f"failure of {failure['source']!r}", f"the same as in {path.name}")
+                what = f"failure of {failure['source']!r}"
+                found.add("failures", shard.record_name, what, f"the same as in {path.name}")
 
 
 def _check_colors(shards: ShardSet, names: list[str], found: Findings) -> None:
@@ -217,20 +210,18 @@ def _check_colors(shards: ShardSet, names: list[str], found: Findings) -> None:
     try:
         stats = ColorStats.load(shards.root, shards.fingerprint)
     except UserError as error:
-        what = str(error).removeprefix(f"{shards.root / COLOR_FILE}: ").partition("; run `")[0]
+        what = reason_of(error, shards.root / COLOR_FILE)
         found.add("colors", COLOR_FILE, what, "statistics of these shards", mend="colors")
         return
     num_pixels = shards.num_samples("train") * IMAGE_SIZE_PX**2
     mean = stats.mean_image.mean(axis=(0, 1), dtype=np.float64)
+    product = stats.eigenvectors * stats.eigenvalues @ stats.eigenvectors.T
+    largest = max(1.0, float(stats.eigenvalues.max()))
     claims = {
         f"num_pixels {stats.num_pixels}": stats.num_pixels == num_pixels,
         f"mean {stats.mean.tolist()}": np.allclose(stats.mean, mean, rtol=_COLOR_TOLERANCE),
         "eigenvectors": np.allclose(stats.eigenvectors.T @ stats.eigenvectors, np.eye(3), atol=_COLOR_TOLERANCE),
-        "covariance": np.allclose(
-            stats.eigenvectors * stats.eigenvalues @ stats.eigenvectors.T,
-            stats.covariance,
-            atol=_COLOR_TOLERANCE * max(1.0, float(stats.eigenvalues.max())),
-        ),
+        "covariance": np.allclose(product, stats.covariance, atol=_COLOR_TOLERANCE * largest),
     }
     for what, holds in claims.items():
         if not holds:
@@ -247,7 +238,8 @@ def _check_names(
     for name in names:
         match = _SHARD_FILE.fullmatch(name)
         if match and match[1] not in stems:
-            if manifest and _peek(root / f"{match[1]}.tar").get("job") == manifest.job:
+            record = peek_record(root / name)
+            if manifest and record and record.job == manifest.job:
                 what = f"does not list {name}, which is of its job"
                 found.add("shards", MANIFEST, what, "every shard of the job", mend="manifest")
             else:
@@ -279,51 +271,48 @@ def _plan_mending(
     return tuple(name for name in names if name in _FOLDER_FILES or _SHARD_FILE.fullmatch(name)), (again + same, *then)
 
 
-# Where the folder of an image names its class.
-_NAMED_BY_FOLDER = {("folder", "train"), ("folder", "val"), ("kaggle", "train")}
-
-
 def check_plan(manifest: Manifest | None, shards: list[Checked], found: Findings) -> list[str]:
     """Everything that holds across `shards`, which are in the order of their names. Returns what it could not check."""
-    _check_jobs(manifest, shards, found)
+    recorded = [(shard, shard.record) for shard in shards if shard.record]
+    _check_jobs(manifest, recorded, found)
     for split in SPLITS:
-        _check_keys(_of(split, shards), found)
+        _check_keys([shard for shard in shards if shard.split == split], found)
     if not manifest:
         return []
-    _check_counts(manifest, shards, found)
-    if all(shard.record for shard in shards):
+    for split in SPLITS:
+        files = [shard.file for shard in shards if shard.split == split]
+        _check_counts(manifest, _of(split, recorded), files[-1:], found)
+    if len(recorded) == len(shards):
         for split in SPLITS:
-            _check_order(manifest, split, _of(split, shards), found)
-        _check_classes(manifest, shards, found)
+            _check_order(manifest, split, _of(split, recorded), found)
+        _check_classes(manifest, recorded, found)
         if not found.num_problems and not any(shard.num_problems for shard in shards):
-            return _check_fingerprint(manifest, shards, found)
+            return _check_fingerprint(manifest, recorded, found)
     return []
 
 
-def _of(split: str, shards: list[Checked]) -> list[Checked]:
-    return [shard for shard in shards if shard.file.startswith(f"{split}-")]
+def _of(split: str, recorded: Recorded) -> Recorded:
+    return [(shard, record) for shard, record in recorded if shard.split == split]
 
 
-def _check_jobs(manifest: Manifest | None, shards: list[Checked], found: Findings) -> None:
+def _check_jobs(manifest: Manifest | None, recorded: Recorded, found: Findings) -> None:
     """All records and the manifest name one job."""
-    jobs = Counter(shard.record.job for shard in shards if shard.record)
+    jobs = Counter(record.job for _, record in recorded)
     if not jobs:
         return
     right = manifest.job if manifest and manifest.job in jobs else jobs.most_common(1)[0][0]
     if manifest and manifest.job != right:
         found.add("job", MANIFEST, f"job {manifest.job!r}", f"{right!r}, as the records have it", mend="manifest")
-    for shard in shards:
-        if shard.record and shard.record.job != right:
-            record = Path(shard.file).with_suffix(".json").name
-            found.add("job", record, f"of job {shard.record.job!r}", f"{right!r}, as the others")
+    for shard, record in recorded:
+        if record.job != right:
+            found.add("job", shard.record_name, f"of job {record.job!r}", f"{right!r}, as the others")
 
 
 def _check_keys(shards: list[Checked], found: Findings) -> None:
-    """No key is in two shards of a split."""
-    if not shards:
-        return
+    """No key is in two of the shards, which are a split's."""
     apart = [np.unique(np.array(shard.keys, dtype=np.int64)) for shard in shards]
-    keys, owners = np.concatenate(apart), np.repeat(np.arange(len(shards)), [len(part) for part in apart])
+    keys = np.concatenate([np.empty(0, np.int64), *apart])
+    owners = np.repeat(np.arange(len(shards)), [len(part) for part in apart])
     order = np.argsort(keys, kind="stable")
     keys, owners = keys[order], owners[order]
     for position in np.flatnonzero(keys[1:] == keys[:-1]):
@@ -332,66 +321,59 @@ def _check_keys(shards: list[Checked], found: Findings) -> None:
         found.add("duplicate keys", second, f"this key is in {first} too", "each key in one shard", key=key)
 
 
-def _check_counts(manifest: Manifest, shards: list[Checked], found: Findings) -> None:
-    """Every shard was given `samples_per_shard` images, the last of a split at most so many."""
-    for split in SPLITS:
-        mine = _of(split, shards)
-        for shard in mine:
-            if not shard.record:
-                continue
-            planned, full = _count_planned(shard), manifest.samples_per_shard
-            if planned > full or (planned < full and shard is not mine[-1]):
-                samples = len(shard.record.sources)
-                what = f"{samples} samples and {planned - samples} failures"
-                found.add("plan", shard.file, what, f"{full} together", mend=_blame(shard))
+def _check_counts(manifest: Manifest, recorded: Recorded, last: list[str], found: Findings) -> None:
+    """Every shard of a split was given `samples_per_shard` images, the `last` at most so many."""
+    full = manifest.samples_per_shard
+    for shard, record in recorded:
+        if record.num_planned > full or (record.num_planned < full and shard.file not in last):
+            what = f"{len(record.sources)} samples and {len(record.failures)} failures"
+            found.add("plan", shard.file, what, f"{full} together", mend=_blame(shard))
 
 
-def _check_order(manifest: Manifest, split: str, shards: list[Checked], found: Findings) -> None:
+def _check_order(manifest: Manifest, split: str, recorded: Recorded, found: Findings) -> None:
     """A shard's keys are the positions that the seed puts there, but for as many as it has failures."""
-    planned = [_count_planned(shard) for shard in shards]
-    order = order_samples(sum(planned), manifest.seed if split == "train" else None)
-    for shard, here in zip(shards, np.split(order, np.cumsum(planned)[:-1]) if shards else [], strict=True):
-        keys = [int(key) for key in shard.record.sources] if shard.record else []
+    ends = np.cumsum([record.num_planned for _, record in recorded], dtype=np.int64)
+    order = order_samples(int(ends[-1]) if recorded else 0, manifest.seed if split == "train" else None)
+    for (shard, record), here in zip(recorded, np.split(order, ends)[: len(recorded)], strict=True):
+        keys = [int(key) for key in record.sources]
         kept = set(keys)
         if [position for position in here.tolist() if position in kept] != keys:
             by = f"seed {manifest.seed}" if split == "train" else "canonical order"
-            found.add("plan", shard.file, f"other keys, or in another order, than by {by} and the records of {split}",
-                      "the keys planned for it", mend=_blame(shard))  # fmt: skip
+            what = f"other keys, or in another order, than by {by} and the records of {split}"
+            found.add("plan", shard.file, what, "the keys planned for it", mend=_blame(shard))
 
 
-def _check_classes(manifest: Manifest, shards: list[Checked], found: Findings) -> None:
+def _check_classes(manifest: Manifest, recorded: Recorded, found: Findings) -> None:
     """Where an image's folder names its class, it is the class of its label."""
     folders: defaultdict[int, Counter[str]] = defaultdict(Counter)
-    for shard, _, label, source in _list_samples(shards):
+    for shard, _, label, source in _list_samples(recorded):
         if folder := _class_folder(manifest, shard, source):
             folders[label][folder] += 1
     wnids = {entry.index: entry.wnid for entry in manifest.classes}
     for label, counts in folders.items():
         if label in wnids and wnids[label] not in counts and len(counts) == 1:
             what = f"class {label} is {wnids[label]!r}"
-            found.add("classes", MANIFEST, what, f"{next(iter(counts))!r}, as its sources have it", mend="manifest")
             wnids[label] = next(iter(counts))
-    for shard, key, label, source in _list_samples(shards):
+            found.add("classes", MANIFEST, what, f"{wnids[label]!r}, as its sources have it", mend="manifest")
+    for shard, key, label, source in _list_samples(recorded):
         folder = _class_folder(manifest, shard, source)
         if folder is not None and label in wnids and folder != wnids[label]:
             what = f"label {label} ({wnids[label]!r}) of source {source!r}"
             found.add("classes", shard.file, what, "the class that the source's folder names", key=key)
 
 
-def _check_fingerprint(manifest: Manifest, shards: list[Checked], found: Findings) -> list[str]:
-    splits = {split: _list_entries(manifest, split, _of(split, shards)) for split in SPLITS}
+def _check_fingerprint(manifest: Manifest, recorded: Recorded, found: Findings) -> list[str]:
+    splits = {split: _list_entries(manifest, split, _of(split, recorded)) for split in SPLITS}
     listed = {split: entries for split, entries in splits.items() if entries is not None}
     if len(listed) < len(SPLITS):
         return ["sources not held against the job's fingerprint: the class of an unusable image is not known"]
-    source = Source(manifest.layout, manifest.classes, listed, lambda _: b"")
-    devices = {shard.record.device for shard in shards if shard.record}
     job = fingerprint_job(
-        source,
+        Source(manifest.layout, manifest.classes, listed, lambda _: b""),
         seed=manifest.seed,
         quality=manifest.quality,
         samples_per_shard=manifest.samples_per_shard,
         encoding=manifest.encoding,
-        device=" ".join(sorted(devices)),
+        device=" ".join(sorted({record.device for _, record in recorded})),
     )
     if job != manifest.job:
         what = f"sources, labels and options give job {job!r}"
@@ -399,50 +381,45 @@ def _check_fingerprint(manifest: Manifest, shards: list[Checked], found: Finding
     return []
 
 
-def _list_entries(manifest: Manifest, split: str, shards: list[Checked]) -> list[Entry] | None:
+def _list_entries(manifest: Manifest, split: str, recorded: Recorded) -> list[Entry] | None:
     """The split's images in canonical order, failures among them; None if where these belong cannot be told."""
-    entries = {int(key): Entry(source, label) for _, key, label, source in _list_samples(shards)}
+    entries = {int(key): Entry(source, label) for _, key, label, source in _list_samples(recorded)}
     labels = {entry.wnid: entry.index for entry in manifest.classes}
     lost = []
-    for shard in shards:
-        for failure in shard.record.failures if shard.record else ():
+    for shard, record in recorded:
+        for failure in record.failures:
             source = failure["source"]
             base_name = source.rpartition("/")[2]
             wnid = _class_folder(manifest, shard, source) or find_wnid(base_name, base_name)
             if wnid not in labels:
                 return None
             lost.append(Entry(source, labels[wnid]))
-    lost.sort(key=lambda entry: _canonical(entry, split))
+
+    def canonical(entry: Entry) -> tuple[object, ...]:
+        stem = split_stem(entry.base_name)[0]
+        first = (entry.label, stem) if split == "train" else (stem, entry.label)
+        return (*first, entry.base_name, entry.path)
+
     gaps = [position for position in range(len(entries) + len(lost)) if position not in entries]
     if len(gaps) != len(lost):
         return None  # other keys than planned: reported
-    entries.update(zip(gaps, lost, strict=True))
+    entries.update(zip(gaps, sorted(lost, key=canonical), strict=True))
     return [entries[position] for position in range(len(entries))]
 
 
-def _list_samples(shards: list[Checked]) -> Iterator[tuple[Checked, str, int, str]]:
+def _list_samples(recorded: Recorded) -> Iterator[tuple[Checked, str, int, str]]:
     """Shard, key, label and source of every sample of the shards whose record fits their tar."""
-    for shard in shards:
-        if shard.record and len(shard.record.sources) == len(shard.labels):
-            for (key, source), label in zip(shard.record.sources.items(), shard.labels, strict=True):
+    for shard, record in recorded:
+        if len(record.sources) == len(shard.labels):
+            for (key, source), label in zip(record.sources.items(), shard.labels, strict=True):
                 yield shard, key, label, source
-
-
-def _count_planned(shard: Checked) -> int:
-    return len(shard.record.sources) + len(shard.record.failures) if shard.record else 0
 
 
 def _class_folder(manifest: Manifest, shard: Checked, source: str) -> str | None:
     """The class that the folder of an image names, in layouts and splits where one does."""
-    if (manifest.layout, shard.file.partition("-")[0]) not in _NAMED_BY_FOLDER:
+    if (manifest.layout, shard.split) not in _NAMED_BY_FOLDER:
         return None
     return source.rpartition("/")[0].rpartition("/")[2]
-
-
-def _canonical(entry: Entry, split: str) -> tuple[object, ...]:
-    stem = split_stem(entry.base_name)[0]
-    first = (entry.label, stem) if split == "train" else (stem, entry.label)
-    return (*first, entry.base_name, entry.path)
 
 
 def _blame(shard: Checked) -> str:

@@ -1,14 +1,13 @@
 """Images -> a finished folder of shards: lock, resume, drive the workers, complete.
 
-The decision that shaped it: a job is named by a fingerprint of everything its bytes follow from, and a work unit is one
-shard. What an interrupted run of the same job finished is kept, whatever is not accounted for is written again, and
-another job's output is never touched unasked. `job.json` marks a folder as ours from before the first shard until the
-manifest, which comes last, from whoever finds all shards finished. Left out: the plan (plan.py), writing one shard
-(shardwriter.py), where workers run (engines.py, engine_ray.py), and where files go (store.py).
+A job is named by a fingerprint of everything its bytes follow from, and a work unit is one shard. What an interrupted
+run of the same job finished is kept, whatever is not accounted for is written again, and another job's output is never
+touched unasked. `job.json` marks a folder as ours from before the first shard until the manifest, which comes last,
+from whoever finds all shards finished.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
@@ -18,15 +17,14 @@ from typing import Any
 from pipeline.common.console import Progress, note
 from pipeline.common.errors import UserError
 from pipeline.manifest import IMAGE_SIZE_PX, MANIFEST, SCHEMA, SPLITS, Manifest
-from tools.sharding.hostcodec import Encoding
-from tools.sharding.lock import Lock, Part, refuse_held
+from tools.sharding.lock import Part, lock_store, refuse_held
 from tools.sharding.output import (
     FAILURES_FILE,
+    JOB_FILE,
     Failure,
     Written,
     check_ours,
     claim,
-    claim_part,
     encode_failures,
     encode_json,
     find_complete,
@@ -35,11 +33,9 @@ from tools.sharding.output import (
     list_ours,
     name_failures,
     refuse_failures,
-    release,
     remove_temporaries,
 )
-from tools.sharding.plan import RAW_QUALITY, Options, Plan
-from tools.sharding.preparer import Device
+from tools.sharding.plan import RAW_QUALITY, Encoding, Options, Plan
 from tools.sharding.store import Store, open_store
 from tools.sharding.workers import count_cpus, run_units, run_units_on_ray
 from tools.sharding.write import Setup, Tick, write_unit
@@ -75,26 +71,6 @@ class Summary:
         return {**asdict(self), "out": str(self.out), "images_per_s": round(self.images_per_s, 1)}
 
 
-@dataclass(frozen=True)
-class Engine:
-    """Where units are written: `num_workers` local processes (None: one per CPU), or as many tasks of a Ray cluster
-    (None: one per CPU of it) at `ray_address` (None: a Ray of its own on this machine)."""
-
-    name: str = "local"
-    num_workers: int | None = None
-    ray_address: str | None = None
-
-    def run(self, setup: Setup, units: Any, **callbacks: Any) -> None:
-        function = partial(write_unit, setup)
-        if self.name == "ray":
-            on_gpu = setup.options.device == "gpu"
-            run_units_on_ray(
-                function, units, num_tasks=self.num_workers, address=self.ray_address, on_gpu=on_gpu, **callbacks
-            )
-        else:
-            run_units(function, units, num_workers=self.num_workers or count_cpus(), preload=_PRELOAD, **callbacks)
-
-
 def make_shards(
     source: Source,
     out: str | Path,
@@ -104,7 +80,6 @@ def make_shards(
     seed: int = 0,
     quality: int = 90,
     encoding: Encoding = "jpeg",
-    device: Device = "cpu",
     max_failures: str = "0.1%",
     force: bool = False,
     part: Part | None = None,
@@ -114,6 +89,9 @@ def make_shards(
     """Make, or finish making, the shards of `source` in the folder or bucket `out`; the same bytes for any number of
     workers, any engine, and in whatever parts.
 
+    Units run in `num_workers` local processes (None: one per CPU) or, with `engine` "ray", in as many tasks of the Ray
+    cluster (None: one per CPU of it) at `ray_address` (None: a Ray of its own on this machine).
+
     A complete output of the same job is left as it is. With `part`, only that share of the shards is made, and whoever
     finds all of them finished completes the output. `max_failures` is of all images: each part holds its own failures
     against it, and who completes holds all of them. Raises UserError for a folder of another job or of other files or
@@ -122,14 +100,18 @@ def make_shards(
     """
     start_s = time.monotonic()
     quality = RAW_QUALITY if encoding == "raw" else quality
-    plan = Plan(source, Options(seed, samples_per_shard, quality, encoding, device))
+    plan = Plan(source, Options(seed, samples_per_shard, quality, encoding))
     run = _Run(plan, open_store(out), part, force, max_failures, start_s)
-    refuse_held(run.store, run.store.list(), plan.job, part)
+    if engine == "ray":
+        run_all = partial(run_units_on_ray, num_tasks=num_workers, address=ray_address)
+    else:
+        run_all = partial(run_units, num_workers=num_workers or count_cpus(), preload=_PRELOAD)
+    refuse_held(run.store, plan.job, part)
     if not (done := run.inspect()):
         run.check_room(num_workers or count_cpus())
-        with Lock(run.store, plan.job, part) as lock:
+        with lock_store(run.store, plan.job, part) as check_lock:
             # Looked at again: whoever held the lock until now may have finished it.
-            done = run.inspect() or run.make(Engine(engine, num_workers, ray_address), lock)
+            done = run.inspect() or run.make(run_all, check_lock)
     return done
 
 
@@ -150,7 +132,7 @@ class _Run:
         check_ours(self.store, items, self.plan.job, force=self.force, part=self.part)
         if self.force or not (manifest := find_complete(self.store, items, self.plan.job)):
             return None
-        release(self.store)
+        self.store.delete(JOB_FILE)
         written = find_finished(self.store, items, self.plan.shards, self.plan.job)
         return self._summarise(written, num_kept=len(manifest.shards), num_prepared=0, was_complete=True)
 
@@ -168,15 +150,12 @@ class _Run:
             open_bytes=min(num_workers, len(redone)) * largest * image_bytes,
         )
 
-    def make(self, engine: Engine, lock: Lock) -> Summary:
+    def make(self, run_all: Callable[..., None], check_lock: Callable[[], None]) -> Summary:
         """Write what is missing of this part and, if it was the last, complete the output."""
         store, plan = self.store, self.plan
         items, files = store.list(), plan.share(self.part)
         kept = {} if self.force else find_finished(store, items, files, plan.job)
-        if self.part:
-            claim_part(store, items, plan.job, redone=files if self.force else ())
-        else:
-            claim(store, items, plan.job, kept=kept)
+        claim(store, items, plan.job, kept=kept, redone=files if self.force else (), is_alone=not self.part)
         remove_temporaries(store)
         if kept:
             note(f"{store}: {len(kept)} of {len(files)} shards were finished before and are kept")
@@ -188,16 +167,18 @@ class _Run:
             with Progress("shard", num_left, "images") as progress:
 
                 def show(tick: Tick) -> None:
-                    lock.check()
+                    check_lock()
                     failures.extend(tick.failures)
                     self._refuse_failures(failures)
                     progress.advance(tick.num_images, failures=str(len(failures)))
 
                 setup = Setup(store, plan.job, plan.options, plan.source.read)
-                engine.run(setup, plan.units(left), on_result=lambda _: lock.check(), on_progress=show)
+                run_all(
+                    partial(write_unit, setup), plan.units(left), on_result=lambda _: check_lock(), on_progress=show
+                )
         finally:
             remove_temporaries(store)
-        lock.check()
+        check_lock()
         return self._finish(len(kept), num_left)
 
     def _finish(self, num_kept: int, num_prepared: int) -> Summary:
@@ -250,7 +231,7 @@ class _Run:
             job=self.plan.job,
         )
         self.store.write(MANIFEST, encode_json(manifest.to_json()))
-        release(self.store)
+        self.store.delete(JOB_FILE)  # no longer unfinished
 
     def _refuse_failures(self, failures: Sequence[Failure]) -> None:
         refuse_failures(failures, self.max_failures, self.plan.num_images)

@@ -16,9 +16,18 @@ from pipeline.common.machine import is_running, machine_id
 from pipeline.manifest import MANIFEST, SCHEMA, Manifest, Shard
 from pipeline.shards import ShardSet
 from tools.sharding.lock import Part, is_lock
+from tools.sharding.record import Record
 from tools.sharding.store import FolderStore, Item, Store
 
-_NUM_FAILURES_NAMED = 3
+JOB_FILE = "job.json"
+FAILURES_FILE = "failures.jsonl"
+TEMPORARY_AGE_S = 3600.0  # without a change, after which a half-written file of another machine is nobody's
+# The manifest first: from then on the folder counts as unfinished.
+_FOLDER_FILES = (MANIFEST, COLOR_FILE, MEAN_IMAGE_FILE, FAILURES_FILE)
+_SHARD_FILE = re.compile(r"(train|val)-\d{6}\.(tar|idx|json)")
+_TEMPORARY_FILE = re.compile(r"\.(?P<name>.+?)(\.(?P<machine>[0-9a-f]{8}))?\.tmp(?P<pid>\d+)", re.DOTALL)
+_NUM_NAMED = 3
+_NUM_READERS = 8  # records read at a time: a bucket answers slowly, but many at once
 
 
 class Failure(NamedTuple):
@@ -51,23 +60,12 @@ def refuse_failures(failures: Sequence[Failure], max_failures: str, num_images: 
 
 def name_failures(failures: Sequence[Failure]) -> str:
     """The first few, with names quoted, so that a message stays one line whatever they are."""
-    return "; ".join(f"{f.source!r}: {f.reason} ({f.exception})" for f in failures[:_NUM_FAILURES_NAMED])
+    return "; ".join(f"{f.source!r}: {f.reason} ({f.exception})" for f in failures[:_NUM_NAMED])
 
 
 def encode_failures(failures: Sequence[Failure]) -> bytes:
     """One JSON object a line."""
     return "".join(json.dumps(failure._asdict()) + "\n" for failure in failures).encode("ascii")
-
-
-JOB_FILE = "job.json"
-FAILURES_FILE = "failures.jsonl"
-TEMPORARY_AGE_S = 3600.0  # without a change, after which a half-written file of another machine is nobody's
-# The manifest first: from then on the folder counts as unfinished.
-_FOLDER_FILES = (MANIFEST, COLOR_FILE, MEAN_IMAGE_FILE, FAILURES_FILE)
-_SHARD_FILE = re.compile(r"(train|val)-\d{6}\.(tar|idx|json)")
-_TEMPORARY_FILE = re.compile(r"\.(?P<name>.+?)(\.(?P<machine>[0-9a-f]{8}))?\.tmp(?P<pid>\d+)", re.DOTALL)
-_NUM_NAMED = 3
-_NUM_READERS = 8  # records read at a time: a bucket answers slowly, but many at once
 
 
 @dataclass(frozen=True)
@@ -77,6 +75,12 @@ class Written:
     shard: Shard
     failures: tuple[Failure, ...]
     num_repaired: int
+
+    @classmethod
+    def of(cls, record: Record) -> "Written":
+        """What its record tells of a unit, without the names of its images."""
+        shard = Shard(record.file, record.split, record.samples, record.bytes, record.sha256)
+        return cls(shard, tuple(Failure(**failure) for failure in record.failures), len(record.repaired))
 
 
 def find_complete(store: Store, items: Mapping[str, Item], job: str) -> Manifest | None:
@@ -131,37 +135,31 @@ def list_ours(items: Iterable[str], kept: Iterable[str]) -> list[str]:
     )
 
 
-def claim(store: Store, items: Mapping[str, Item], job: str, *, kept: Iterable[str]) -> None:
-    """Mark the store as this job's, and remove what an earlier job or a killed run left, but for the tars `kept`."""
-    mark(store, job)
-    for name in list_ours(items, kept):
-        store.delete(name)
+def claim(
+    store: Store,
+    items: Mapping[str, Item],
+    job: str,
+    *,
+    kept: Iterable[str],
+    redone: Iterable[str],
+    is_alone: bool,
+) -> None:
+    """Mark the store as this job's, unfinished until there is a manifest, and remove what is not to stay.
 
-
-def claim_part(store: Store, items: Mapping[str, Item], job: str, *, redone: Iterable[str]) -> None:
-    """As `claim`, for one that is not alone here: of the tars only `redone` are taken back, and if there are any, what
-    was made of the whole."""
-    mark(store, job)
-    records = [PurePath(file).with_suffix(".json").name for file in redone]
-    for name in (*_FOLDER_FILES, *records) if records else ():
+    Who is alone here removes what an earlier job or a killed run left, but for the tars `kept`. One part among others
+    takes back only the tars `redone` and, if there are any, what was made of the whole.
+    """
+    store.write(JOB_FILE, encode_json({"schema": SCHEMA, "job": job}))
+    records = [_record_of(file) for file in redone]
+    for name in list_ours(items, kept) if is_alone else (*_FOLDER_FILES, *records) if records else ():
         if name in items:
             store.delete(name)
-
-
-def mark(store: Store, job: str) -> None:
-    """From here on the store is this job's, and unfinished until there is a manifest."""
-    store.write(JOB_FILE, encode_json({"schema": SCHEMA, "job": job}))
-
-
-def release(store: Store) -> None:
-    """Take the mark of an unfinished job away, once the manifest is there."""
-    store.delete(JOB_FILE)
 
 
 def remove_temporaries(store: Store) -> None:
     """Remove half-written files of ours whose writers are no longer alive."""
     items = store.list()
-    now_s = max((item.modified_s for item in items.values()), default=0.0)  # the lock of this job is never old
+    now_s = max((item.modified_s for item in items.values()), default=0.0)  # this job has just written its mark
     for name, item in items.items():
         match = _TEMPORARY_FILE.fullmatch(name)
         if not match or not _is_ours(match["name"]):
@@ -190,19 +188,14 @@ def find_unrecorded(items: Iterable[str], files: Iterable[str]) -> list[str]:
 
 def _find_one(store: Store, tar: Item, file: str, job: str) -> Written | None:
     try:
-        raw: dict[str, Any] = json.loads(store.read(_record_of(file)))
-        if raw["job"] != job or raw["file"] != file:
-            return None
-        shard = Shard(file, str(raw["split"]), int(raw["samples"]), int(raw["bytes"]), str(raw["sha256"]))
-        failures = tuple(Failure(**failure) for failure in raw["failures"])
-        num_repaired = len(raw["repaired"])
-        if tar.bytes != shard.bytes:
-            return None
+        record = Record.parse(json.loads(store.read(_record_of(file))))
         index = store.read(PurePath(file).with_suffix(".idx").name)
-        is_whole = hashlib.sha256(index).hexdigest() == raw["idx_sha256"]
+        digest = hashlib.sha256(index).hexdigest()
+        if (record.job, record.file, record.bytes, record.idx_sha256) == (job, file, tar.bytes, digest):
+            return Written.of(record)
     except (OSError, KeyError, TypeError, ValueError, RecursionError):
-        return None  # damaged in whatever way: it is written again
-    return Written(shard, failures, num_repaired) if is_whole else None
+        pass  # damaged in whatever way: it is written again
+    return None
 
 
 def _record_of(file: str) -> str:

@@ -1,24 +1,23 @@
 """What a job makes: which images go into which shard in which order, and the fingerprint that names it all.
 
-The decision that shaped it: the plan is a function of the source's listing and the options, nothing else, so that every
-worker, machine and repetition has the same one, and a part of a job is every so-manieth shard of it. Left out: making
-the shards (shardwriter.py) and what is already there (outfolder.py).
+The plan follows from the source's listing and the options alone, so that every worker, machine and repetition has the
+same one.
 """
 
 import hashlib
 from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.manifest import IMAGE_SIZE_PX, SCHEMA, SPLITS
-from tools.sharding.hostcodec import Encoding
 from tools.sharding.lock import Part
-from tools.sharding.preparer import Device
 from tools.sources.source import Entry, Source
+
+Encoding = Literal["jpeg", "raw"]
 
 BYTES_PER_IMAGE = 30_000  # of a photograph at quality 90 with its tar headers; an estimate on the safe side
 RAW_BYTES_PER_IMAGE = IMAGE_SIZE_PX * IMAGE_SIZE_PX * 3 + 3 * 512  # pixels; headers of image and label, and the label
@@ -33,7 +32,6 @@ class Options:
     samples_per_shard: int = 5000
     quality: int = 90
     encoding: Encoding = "jpeg"
-    device: Device = "cpu"
 
     def estimate_bytes(self) -> int:
         """Bytes of a stored photograph with its headers: exact if raw; of a JPEG 1 at quality 90, 0.6 at 75, 1.5 at 95,
@@ -131,7 +129,10 @@ def fingerprint_job(
     encoding: str = "jpeg",
     device: str = "cpu",
 ) -> str:
-    """SHA-256 (hex) over what the output follows from, except the images' bytes."""
+    """SHA-256 (hex) over what the output follows from, except the images' bytes.
+
+    `device` is what a shard's record names: "gpu" in shards of before, when a GPU could prepare images too.
+    """
     options = (SCHEMA, source.layout, seed, quality, IMAGE_SIZE_PX, encoding, device, samples_per_shard)
     digest = hashlib.sha256(repr(options).encode())
     for split in SPLITS:

@@ -1,9 +1,8 @@
-"""Where shards are written: a folder, or a prefix in an S3 bucket, with the few operations that preparation needs.
+"""Where shards are written: a folder, or a prefix in an S3 bucket.
 
-The decision that shaped it: a file appears whole under its name or not at all. In a folder it is written beside, synced
-and renamed; in a bucket an upload is atomic, and a tar grows in an unnamed local file first, so that memory is bounded
-and a killed process leaves nothing. Every request to a bucket is tried up to five times, here and nowhere below. Left
-out: reading shards (pipeline/download.py), and what the files mean (outfolder.py).
+A file appears whole under its name or not at all. In a folder it is written beside, synced and renamed; in a bucket an
+upload is atomic, and a tar grows in an unnamed local file first, so that memory is bounded and a killed process leaves
+nothing. Every request to a bucket is tried up to five times, here and nowhere below.
 """
 
 import contextlib
@@ -13,11 +12,12 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, Protocol
+from typing import Any, BinaryIO, NamedTuple
 
 from pipeline.common.errors import UserError
-from pipeline.common.files import write_atomic
+from pipeline.common.files import sync_folder, write_atomic
 from pipeline.common.machine import temporary_for
 from pipeline.download import ask
 
@@ -32,38 +32,9 @@ class Item(NamedTuple):
     modified_s: float
 
 
-class Store(Protocol):
-    """A flat set of named files. `read` and `refresh` raise FileNotFoundError for a name that is not there."""
-
-    def __str__(self) -> str: ...
-
-    def locate(self, name: str) -> str:
-        """Path or URL of a file."""
-
-    def list(self) -> dict[str, Item]:
-        """All files by name; nothing if the store is not there yet."""
-
-    def read(self, name: str) -> bytes: ...
-
-    def write(self, name: str, data: bytes) -> None:
-        """Write a small file atomically, making the store if need be."""
-
-    def create(self, name: str) -> contextlib.AbstractContextManager[BinaryIO]:
-        """A file to write to; it gets its name at the end of the block, or never."""
-
-    def refresh(self, name: str) -> None:
-        """Make a file's time of change now."""
-
-    def delete(self, name: str) -> None:
-        """Remove a file if it is there."""
-
-    def check_room(self, num_bytes: int, *, freed_bytes: int, open_bytes: int) -> None:
-        """Raise UserError unless `num_bytes` more will fit once `freed_bytes` are gone, with `open_bytes` under way."""
-
-
 @dataclass(frozen=True)
 class FolderStore:
-    """A folder."""
+    """A folder. Its methods are those of a bucket too."""
 
     root: Path
 
@@ -71,9 +42,11 @@ class FolderStore:
         return str(self.root)
 
     def locate(self, name: str) -> str:
+        """Path or URL of a file."""
         return str(self.root / name)
 
     def list(self) -> dict[str, Item]:
+        """All files by name; nothing if the store is not there yet."""
         found = {}
         try:
             with os.scandir(self.root) as entries:
@@ -86,14 +59,18 @@ class FolderStore:
         return found
 
     def read(self, name: str) -> bytes:
+        """Raises FileNotFoundError for a name that is not there."""
         return (self.root / name).read_bytes()
 
     def write(self, name: str, data: bytes) -> None:
+        """Write a small file atomically, making the store if need be."""
         self.root.mkdir(parents=True, exist_ok=True)
         write_atomic(self.root / name, data)
+        sync_folder(self.root)
 
     @contextlib.contextmanager
     def create(self, name: str) -> Iterator[BinaryIO]:
+        """A file to write to; it gets its name at the end of the block, or never."""
         path = self.root / name
         temporary = temporary_for(path)
         try:
@@ -102,16 +79,16 @@ class FolderStore:
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)
+            sync_folder(self.root)
         finally:
             temporary.unlink(missing_ok=True)
 
-    def refresh(self, name: str) -> None:
-        os.utime(self.root / name)
-
     def delete(self, name: str) -> None:
+        """Remove a file if it is there."""
         (self.root / name).unlink(missing_ok=True)
 
     def check_room(self, num_bytes: int, *, freed_bytes: int, open_bytes: int) -> None:
+        """Raise UserError unless `num_bytes` more will fit once `freed_bytes` are gone, with `open_bytes` under way."""
         folder = self.root
         while not folder.exists() and folder != folder.parent:
             folder = folder.parent
@@ -165,6 +142,23 @@ class BucketStore:
     def write(self, name: str, data: bytes) -> None:
         self._ask(lambda client: client.pipe_file(self._path(name), data), self.locate(name))
 
+    def write_new(self, name: str, data: bytes) -> bool:
+        """Write a small object where there is none; whether there was none."""
+
+        def put(client: Any) -> bool:
+            try:
+                client.pipe_file(self._path(name), data, mode="create")
+            except FileExistsError:
+                return bool(client.cat_file(self._path(name)) == data)  # by an attempt whose answer was lost
+            return True
+
+        return bool(self._ask(put, self.locate(name)))
+
+    def tell_time_s(self) -> float:
+        """The time by the bucket's clock."""
+        page = self._ask(lambda client: client.call_s3("list_objects_v2", Bucket=self.bucket, MaxKeys=1), str(self))
+        return parsedate_to_datetime(page["ResponseMetadata"]["HTTPHeaders"]["date"]).timestamp()
+
     @contextlib.contextmanager
     def create(self, name: str) -> Iterator[BinaryIO]:
         with tempfile.TemporaryFile() as file:
@@ -173,9 +167,6 @@ class BucketStore:
             local = f"/proc/self/fd/{file.fileno()}"
             options = {"chunksize": PART_BYTES, "max_concurrency": 2}
             self._ask(lambda client: client.put_file(local, self._path(name), **options), self.locate(name))
-
-    def refresh(self, name: str) -> None:
-        self.write(name, self.read(name))
 
     def delete(self, name: str) -> None:
         self._ask(lambda client: client.rm_file(self._path(name)), self.locate(name))
@@ -215,7 +206,10 @@ def _connect() -> Any:
     return client
 
 
-def open_store(out: str | Path) -> FolderStore | BucketStore:
+Store = FolderStore | BucketStore
+
+
+def open_store(out: str | Path) -> Store:
     """The store at a path or an s3:// URL. Raises UserError for another kind of URL or a path that is a file."""
     scheme, mark, rest = str(out).partition("://")
     if mark:

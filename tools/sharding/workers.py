@@ -11,25 +11,25 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from itertools import chain, islice
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from types import FrameType
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from pipeline.common.errors import UserError
+
+POLL_S = 0.2  # of Ray
+ANSWER_TIMEOUT_S = 120.0  # of Ray, for what is there already
+CONNECT_TIMEOUT_S = 10.0
+OBJECT_STORE_BYTES = 128 << 20  # of a Ray of our own: listings of units go through it, images do not
 
 Unit = TypeVar("Unit")
 Update = TypeVar("Update")
 Result = TypeVar("Result")
-
-
-class _Failed(NamedTuple):
-    error: Exception
-
-
-class _Finished(NamedTuple):
-    result: Any
 
 
 def count_cpus() -> int:
@@ -64,9 +64,15 @@ def run_units(
     resource_tracker.ensure_running()  # started on the way, it would take the mask below away again
     remaining = iter(units)
     processes = []
-    at_work: dict[Connection, tuple[Any, Unit]] = {}
+    at_work: dict[Connection, tuple[ForkServerProcess, Unit]] = {}
+
+    def hand_out(unit: Unit, connection: Connection, process: ForkServerProcess) -> None:
+        with contextlib.suppress(OSError):  # a worker that has died is told as such when it is listened to
+            connection.send(unit)
+        at_work[connection] = process, unit
+
     try:
-        for unit in remaining:
+        for unit in islice(remaining, num_workers):
             here, there = context.Pipe()
             process = context.Process(target=_work, args=(function, there, dict(os.environ)), daemon=True)
             # Ctrl-C goes to every process of the terminal, but it is for this one to decide what comes of it: workers
@@ -78,26 +84,24 @@ def run_units(
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             there.close()  # or the end of the worker would not be the end of the pipe
-            _send(here, process, unit)
-            at_work[here] = process, unit
-            if len(processes) == num_workers:
-                break
+            hand_out(unit, here, process)
         while at_work:
             for ready in wait(list(at_work)):
                 connection = cast(Connection, ready)
                 process, unit = at_work[connection]
-                message = _receive(connection, process, unit)
-                if isinstance(message, _Failed):
-                    raise message.error
-                if not isinstance(message, _Finished):
-                    on_progress(message)
+                try:
+                    message, value = connection.recv()
+                except (EOFError, OSError) as error:
+                    raise _explain_death(process, unit) from error
+                if message == "progress":
+                    on_progress(value)
                     continue
+                if message == "failure":
+                    raise value
                 del at_work[connection]
-                on_result(message.result)
-                for following in remaining:
-                    _send(connection, process, following)
-                    at_work[connection] = process, following
-                    break
+                on_result(value)
+                for following in islice(remaining, 1):
+                    hand_out(following, connection, process)
     finally:
         for process in processes:
             process.terminate()
@@ -105,23 +109,9 @@ def run_units(
             process.join()
 
 
-def _send(connection: Connection, process: Any, unit: Any) -> None:
-    try:
-        connection.send(unit)
-    except OSError as error:
-        raise _mourn(process, unit) from error
-
-
-def _receive(connection: Connection, process: Any, unit: Any) -> Any:
-    try:
-        return connection.recv()
-    except (EOFError, OSError) as error:
-        raise _mourn(process, unit) from error
-
-
-def _mourn(process: Any, unit: Any) -> UserError:
+def _explain_death(process: ForkServerProcess, unit: Any) -> UserError:
     process.join()
-    status = process.exitcode
+    status = process.exitcode or 0
     how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
     hint = "if memory ran out, give fewer --workers; " if status < 0 else ""  # the kernel kills, it does not ask
     return UserError(
@@ -136,31 +126,31 @@ def _work(
     """The life of a worker: take a unit, tell how it goes, until the parent hangs up or ends this process."""
     os.environ.clear()  # what is inherited is the environment of the first call in the parent's life
     os.environ.update(variables)
+    use_one_thread()
 
-    def tell(message: Any) -> None:
+    def tell(message: str, value: Any) -> None:
         try:
-            connection.send(message)
+            connection.send((message, value))
         except OSError:
             raise SystemExit(1) from None  # the parent is gone: unwind (removing temporary files) and end
 
-    use_one_thread()
     while True:
         try:
             unit = connection.recv()
         except (EOFError, OSError):
             return
-        try:
-            outcome: _Finished | _Failed = _Finished(function(unit, tell))
-        except Exception as error:  # noqa: BLE001 - carried to the parent and raised there
-            error.add_note("in a worker process:\n" + "".join(traceback.format_exception(error)))
-            outcome = _Failed(error)
-        tell(outcome)
+        tell(*_call(function, unit, partial(tell, "progress"), "a worker process"))
 
 
-POLL_S = 0.2
-ANSWER_TIMEOUT_S = 120.0  # for what is there already
-CONNECT_TIMEOUT_S = 10.0
-OBJECT_STORE_BYTES = 128 << 20  # of a Ray of our own: listings of units go through it, images do not
+def _call(
+    function: Callable[[Any, Callable[[Any], None]], Any], unit: Any, report: Callable[[Any], None], where: str
+) -> tuple[str, Any]:
+    """ "result" and what the unit gave, or "failure" and its exception, which is raised in the process that asked."""
+    try:
+        return "result", function(unit, report)
+    except Exception as error:  # noqa: BLE001 - not lost: see above
+        error.add_note(f"in {where}:\n" + "".join(traceback.format_exception(error)))
+        return "failure", error
 
 
 class _Mailbox:
@@ -183,55 +173,43 @@ def run_units_on_ray(
     *,
     num_tasks: int | None,
     address: str | None,
-    on_gpu: bool = False,
     on_result: Callable[[Result], None],
     on_progress: Callable[[Update], None],
 ) -> None:
-    """Call `function(unit, report)` for each unit in a Ray task, `num_tasks` at a time (None: one per CPU, or per GPU
-    with `on_gpu`, of the cluster).
+    """Call `function(unit, report)` for each unit in a Ray task, `num_tasks` at a time (None: one per CPU of the
+    cluster).
 
     `address` is that of a running cluster ("auto": the one this machine belongs to); None starts Ray on this machine
     for this call. Callbacks are called here; an exception out of them, of a unit, or a signal is raised, and all tasks
     end. Raises UserError if Ray is not installed or cannot be reached, or if a worker or its machine dies.
     """
     remaining = iter(units)
-    first = next(remaining, None)
-    if first is None:
+    first = list(islice(remaining, 1))
+    if not first:
         return
-    with _connect(address, num_tasks, on_gpu) as ray, _hold_signals() as heed_signals:
-        kind = "GPU" if on_gpu else "CPU"
-        num_tasks = num_tasks or max(1, int(ray.cluster_resources().get(kind, 1)))
+    with _connect(address, num_tasks) as ray, _hold_signals() as heed_signals:
+        num_tasks = num_tasks or max(1, int(ray.cluster_resources().get("CPU", 1)))
         mailbox = ray.remote(_Mailbox).options(num_cpus=0).remote()
-        options = {"num_cpus": 1, "num_gpus": int(on_gpu), "max_retries": 0}
-        task = ray.remote(_work_on_ray).options(**options)
+        task = ray.remote(_work_on_ray).options(num_cpus=1, max_retries=0)
         shared, folder = ray.put(function), Path.cwd()
         at_work: dict[Any, Unit] = {}
 
-        def hand_out(unit: Unit) -> None:
-            at_work[task.remote(folder, shared, unit, mailbox)] = unit
+        def hand_out(units: Iterable[Unit]) -> None:
+            at_work.update({task.remote(folder, shared, unit, mailbox): unit for unit in units})
 
-        def show() -> None:
-            for update in _get(ray, mailbox.take.remote(), "the progress of the units"):
-                on_progress(update)
-
-        hand_out(first)
-        for unit in remaining:
-            hand_out(unit)
-            if len(at_work) == num_tasks:
-                break
+        hand_out(islice(chain(first, remaining), num_tasks))
         while at_work:
             finished, _ = ray.wait(list(at_work), timeout=POLL_S)
             heed_signals()
-            show()
+            for update in _get(ray, mailbox.take.remote(), "the progress of the units"):
+                on_progress(update)
             for reference in finished:
                 unit = at_work.pop(reference)
-                succeeded, outcome = _get(ray, reference, str(unit))
-                if not succeeded:
-                    raise outcome
-                on_result(outcome)
-                for following in remaining:
-                    hand_out(following)
-                    break
+                message, value = _get(ray, reference, str(unit))
+                if message == "failure":
+                    raise value
+                on_result(value)
+                hand_out(islice(remaining, 1))
 
 
 def _get(ray: Any, reference: Any, what: str) -> Any:
@@ -239,8 +217,8 @@ def _get(ray: Any, reference: Any, what: str) -> Any:
         return ray.get(reference, timeout=ANSWER_TIMEOUT_S)
     except ray.exceptions.RayTaskError as error:  # before the unit's own code ran
         raise UserError(
-            f"{what}: cannot run on the cluster ({_last_line(error)}); expected alexnet-dali in the same version on "
-            "each of its machines"
+            f"{what}: cannot run on the cluster ({str(error).strip().splitlines()[-1]}); expected alexnet-dali in the "
+            "same version on each of its machines"
         ) from error
     except ray.exceptions.RayError as error:
         raise UserError(
@@ -253,32 +231,22 @@ def _first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), "no reason given")
 
 
-def _last_line(error: Exception) -> str:
-    return ["", *str(error).strip().splitlines()][-1]
-
-
 def _work_on_ray(
     folder: Path, function: Callable[[Any, Callable[[Any], None]], Any], unit: Any, mailbox: Any
-) -> tuple[bool, Any]:
-    """A task: whether the unit succeeded, and its result or exception. `folder` is the driver's current one."""
+) -> tuple[str, Any]:
+    """A task: what `_call` gives. `folder` is the driver's current one."""
     import ray
 
     with contextlib.suppress(OSError):  # a machine that does not have it
         os.chdir(folder)
     use_one_thread()
-    last = None
+    told: list[Any] = []
 
     def report(update: Any) -> None:
-        nonlocal last
-        last = mailbox.put.remote(update)
+        told[:] = [mailbox.put.remote(update)]
 
-    try:
-        outcome = True, function(unit, report)
-    except Exception as error:  # noqa: BLE001 - carried to the driver and raised there
-        error.add_note("in a Ray task:\n" + "".join(traceback.format_exception(error)))
-        outcome = False, error
-    if last is not None:
-        ray.get(last)  # the mailbox takes one after the other: all are there before the result is
+    outcome = _call(function, unit, report, "a Ray task")
+    ray.get(told)  # the mailbox takes one after the other: all are there before the result is
     return outcome
 
 
@@ -315,7 +283,7 @@ def _hold_signals() -> Iterator[Callable[[], None]]:
 
 
 @contextlib.contextmanager
-def _connect(address: str | None, num_tasks: int | None, on_gpu: bool) -> Iterator[Any]:
+def _connect(address: str | None, num_tasks: int | None) -> Iterator[Any]:
     """The module `ray`, connected. It neither reports to its makers nor greets, and leaves our signals alone."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # or it warns of a changed default

@@ -1,35 +1,39 @@
 """One work unit: a list of images -> one tar, its DALI index and its record.
 
-The decision that shaped it: the unit's output depends on the unit alone, byte by byte. Tar headers carry no time, user
-or group; an image that cannot be used leaves a gap in the keys and changes nothing else. The record gets its name
-last and is the mark that the unit is complete. Left out: which images make a unit, and in what order (plan.py). Runs
-in worker processes; webdataset, which takes a second to import, is imported there only.
+The bytes follow from the unit alone: tar headers carry no time, user or group, one encoder (libjpeg-turbo) makes every
+sample, and an image that cannot be used leaves a gap in the keys and changes nothing else. The record gets its name
+last: it marks the unit as complete.
 """
 
-import functools
 import hashlib
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import PurePath
-from typing import TYPE_CHECKING, BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple
+
+import simplejpeg
 
 from pipeline.common.errors import UserError
-from pipeline.images.decode import BadImage
-from pipeline.manifest import CLS_DIGITS, ENDINGS, KEY_DIGITS, Shard, index_header
-from tools.sharding.output import JOB_FILE, Failure, Written, find_job
-from tools.sharding.plan import Options, Unit
-from tools.sharding.preparer import make_preparer
+from pipeline.images.decode import BadImage, Pixels
+from pipeline.images.resize import read_square
+from pipeline.manifest import CLS_DIGITS, ENDINGS, KEY_DIGITS, index_header
+from tools.sharding.output import JOB_FILE, Failure, Written, encode_json, find_job
+from tools.sharding.plan import Encoding, Options, Unit
+from tools.sharding.record import Record
 from tools.sharding.store import Store
 from tools.sources.source import Entry
 
-if TYPE_CHECKING:
-    from tools.sharding.hostcodec import Prepared
-    from tools.sharding.preparer import Preparer
-
 TAR_HEADER_BYTES = 512
 TAR_MODE = 0o644
-BATCH_SIZE = 32  # images prepared at a time; also how often a worker finds out that nobody waits for it any more
+REPORT_EVERY = 32  # images; also how often a worker finds out that nobody waits for it any more
+DEVICE = "cpu"  # in a record: of before, some were prepared on a GPU, which gives other bytes
+
+
+class Prepared(NamedTuple):
+    """A sample's bytes; `repair` says what was wrong with a file that could be used all the same."""
+
+    content: bytes
+    repair: str | None
 
 
 class Tick(NamedTuple):
@@ -85,22 +89,25 @@ def write_unit(setup: Setup, unit: Unit, report: Callable[[Tick], None]) -> Writ
             _check_wanted(setup, unit)
         index = "\n".join([index_header(len(content.rows)), *content.rows, ""]).encode("ascii")
         store.write(name.with_suffix(".idx").name, index)
-        shard = Shard(unit.file, unit.split, len(content.rows), hashed.num_bytes, hashed.digest.hexdigest())
-        record = {
-            **asdict(shard),
-            "idx_sha256": hashlib.sha256(index).hexdigest(),
-            "job": setup.job,
-            "device": setup.options.device,
-            "sources": content.sources,
-            "repaired": content.repaired,
-            "failures": [failure._asdict() for failure in content.failures],
-        }
-        store.write(name.with_suffix(".json").name, (json.dumps(record, indent=1) + "\n").encode())
+        record = Record(
+            file=unit.file,
+            split=unit.split,
+            samples=len(content.rows),
+            bytes=hashed.num_bytes,
+            sha256=hashed.digest.hexdigest(),
+            idx_sha256=hashlib.sha256(index).hexdigest(),
+            job=setup.job,
+            device=DEVICE,
+            sources=content.sources,
+            repaired=content.repaired,
+            failures=[failure._asdict() for failure in content.failures],
+        )
+        store.write(name.with_suffix(".json").name, encode_json(asdict(record)))
     except OSError as error:
         if error.filename is not None or error.errno is None:
             raise
         raise OSError(error.errno, error.strerror, store.locate(unit.file)) from error
-    return Written(shard, tuple(content.failures), len(content.repaired))
+    return Written.of(record)
 
 
 def _check_wanted(setup: Setup, unit: Unit) -> None:
@@ -118,13 +125,14 @@ def _write_samples(setup: Setup, unit: Unit, file: _HashingFile, report: Callabl
 
     content, ending = _Content(), ENDINGS[setup.options.encoding]
     with TarWriter(file, user="", group="", mode=TAR_MODE, mtime=0, encoder=False) as tar:
-        for start in range(0, len(unit.entries), BATCH_SIZE):
-            batch = slice(start, start + BATCH_SIZE)
+        for start in range(0, len(unit.entries), REPORT_EVERY):
+            batch = slice(start, start + REPORT_EVERY)
             num_failures = len(content.failures)
-            images = _prepare(setup, unit.entries[batch])
-            for position, entry, image in zip(unit.positions[batch], unit.entries[batch], images, strict=True):
-                if isinstance(image, Failure):
-                    content.failures.append(image)
+            for position, entry in zip(unit.positions[batch], unit.entries[batch], strict=True):
+                try:
+                    image = _prepare(setup, entry)
+                except BadImage as error:
+                    content.failures.append(Failure(entry.path, error.reason, error.exception))
                     continue
                 key = f"{position:0{KEY_DIGITS}d}"
                 row = []
@@ -135,30 +143,26 @@ def _write_samples(setup: Setup, unit: Unit, file: _HashingFile, report: Callabl
                 content.sources[key] = entry.path
                 if image.repair:
                     content.repaired[key] = image.repair
-            report(Tick(len(images), tuple(content.failures[num_failures:])))
+            report(Tick(len(unit.entries[batch]), tuple(content.failures[num_failures:])))
     report(Tick(0, ()))  # syncing may take long: not begun if nobody waits for it
     return content
 
 
-def _prepare(setup: Setup, entries: Sequence[Entry]) -> "list[Prepared | Failure]":
-    """One outcome for each entry."""
-    read = [_read(setup, entry) for entry in entries]
-    prepare = _find_preparer(setup.options)
-    outcomes = iter(prepare([data for data in read if not isinstance(data, Failure)]))
-    images: list[Prepared | Failure] = []
-    for entry, data in zip(entries, read, strict=True):
-        image = data if isinstance(data, Failure) else next(outcomes)
-        images.append(Failure(entry.path, image.reason, image.exception) if isinstance(image, BadImage) else image)
-    return images
-
-
-def _read(setup: Setup, entry: Entry) -> bytes | Failure:
+def _prepare(setup: Setup, entry: Entry) -> Prepared:
+    """Raises BadImage, for an image that cannot be read too."""
     try:
-        return setup.read(entry)
+        data = setup.read(entry)
     except OSError as error:
-        return Failure(entry.path, error.strerror or str(error), type(error).__name__)
+        raise BadImage(error.strerror or str(error), type(error).__name__) from error
+    return prepare(data, encoding=setup.options.encoding, quality=setup.options.quality)
 
 
-@functools.cache
-def _find_preparer(options: Options) -> "Preparer":
-    return make_preparer(device=options.device, encoding=options.encoding, quality=options.quality)
+def prepare(data: bytes, *, encoding: Encoding, quality: int) -> Prepared:
+    """Encoded image -> baseline 4:2:0 JPEG without metadata, or 256x256x3 raw bytes (HWC, RGB). Raises BadImage."""
+    pixels, repair = read_square(data)
+    return Prepared(pixels.tobytes() if encoding == "raw" else encode(pixels, quality=quality), repair)
+
+
+def encode(square: Pixels, *, quality: int) -> bytes:
+    """(256, 256, 3) RGB -> baseline JPEG with 4:2:0 chroma and no metadata."""
+    return simplejpeg.encode_jpeg(square, quality=quality, colorspace="RGB", colorsubsampling="420")

@@ -1,12 +1,9 @@
-"""Folders: train/<class>/* and val/<class>/*, or class folders alone, of which a share is taken for validation.
-
-The decision that shaped it: a directory entry is all that is looked at, so that 1.3 million files are listed in
-seconds. Hidden files are passed over, links followed; what is no image directly in a class folder is named in a remark.
-"""
+"""Folders: train/<class>/* and val/<class>/*, or class folders alone, of which a share is taken for validation."""
 
 import os
 from collections.abc import Callable
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 from pipeline.common.errors import UserError
@@ -31,20 +28,14 @@ def _is_undivided(root: Path) -> bool:
     names = list_names(root)
     if _SPLIT_NAMES & set(names):
         return False
-    num_found = 0
-    for name in names:
-        if (root / name).is_dir():
-            with os.scandir(root / name) as items:
-                num_found += any(_is_image(item) for item in items)
-        if num_found == _MIN_CLASSES:
-            return True
-    return False
+    classes = (name for name in names if (root / name).is_dir() and list_images(root / name)[0])
+    return len(list(islice(classes, _MIN_CLASSES))) == _MIN_CLASSES
 
 
 def scan(root: Path) -> Listing:
     """List `root`. Raises UserError for a tree without a training image."""
     is_undivided = not (root / "train").is_dir()
-    listing = Listing("folder", root, [], [], [], partial(_read, root), is_undivided=is_undivided)
+    listing = Listing("folder", root, partial(read_file, root), is_undivided=is_undivided)
     add_train(listing, "" if is_undivided else "train")
     if (root / "val").is_dir() and not is_undivided:
         folders, ignored = list_split(root / "val")
@@ -69,16 +60,14 @@ def add_train(listing: Listing, split: str) -> None:
     if not folders:
         raise UserError(f"{folder}: holds no folders, expected one per class; expected {EXPECTED}")
     empty = sorted(name for name, files in folders.items() if not files)
-    listing.names = sorted(folders.keys() - set(empty))
-    if not listing.names:
+    if len(empty) == len(folders):
         raise UserError(
             f"{folder}: none of its {len(empty)} class folders holds an image; expected files ending in "
             f"{' '.join(IMAGE_ENDINGS)} directly in each"
         )
     head = f"{split}/" if split else ""
-    listing.train = [
-        Entry(f"{head}{name}/{file}", label) for label, name in enumerate(listing.names) for file in folders[name]
-    ]
+    for name, files in sorted(folders.items()):
+        listing.train += [Entry(f"{head}{name}/{file}", listing.label_of(name)) for file in files]
     if empty:
         listing.remarks.append(
             f"{split or folder}: {len(empty)} class folders without an image passed over: {name_some(empty)}"
@@ -88,13 +77,8 @@ def add_train(listing: Listing, split: str) -> None:
 
 def add_val(listing: Listing, folders: dict[str, list[str]], ignored: list[str]) -> None:
     """Add validation images by class folder; a class that train/ does not have gets a label of its own."""
-    labels = {name: label for label, name in enumerate(listing.names)}
     for name, files in sorted(folders.items()):
-        if files:
-            if name not in labels:
-                labels[name] = len(listing.names)
-                listing.names.append(name)
-            listing.val += [Entry(f"val/{name}/{file}", labels[name]) for file in files]
+        listing.val += [Entry(f"val/{name}/{file}", listing.label_of(name)) for file in files]
     remark_ignored(listing, "val", ignored)
 
 
@@ -135,7 +119,7 @@ def list_images(folder: str | Path) -> tuple[list[str], list[str]]:
 
 
 def _is_image(item: os.DirEntry[str]) -> bool:
-    if item.name.startswith(".") or not item.name.lower().endswith(IMAGE_ENDINGS):
+    if not item.name.lower().endswith(IMAGE_ENDINGS):
         return False
     # A broken link counts as an image: reading it fails, so it ends in the failure list and not in silence.
     return _leads_to(item.is_file) or (item.is_symlink() and not os.path.exists(item.path))  # noqa: PTH110
@@ -154,5 +138,6 @@ def list_names(folder: Path) -> list[str]:
     return sorted(name for name in os.listdir(folder) if not name.startswith("."))  # noqa: PTH208 - names, not paths
 
 
-def _read(root: Path, entry: Entry) -> bytes:
+def read_file(root: Path, entry: Entry) -> bytes:
+    """`read` of a Source whose images are files."""
     return (root / entry.path).read_bytes()

@@ -1,7 +1,6 @@
 """ImageNet as Kaggle's object localisation challenge unpacks: ILSVRC/Data/CLS-LOC/, its labels in LOC_*.csv and .txt.
 
-The decision that shaped it: images are those that lie in CLS-LOC/; the lists only say what they are. An id in a list
-is looked up among the names found, never opened. val/ sorted into class folders by hand is taken as it lies.
+val/ that somebody has sorted into class folders is taken as it lies.
 """
 
 import csv
@@ -10,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from pipeline.common.errors import UserError
-from tools.sources.folder import _read, add_train, add_val, list_images, list_split, remark_ignored
+from tools.sources.folder import add_train, add_val, list_images, list_split, read_file, remark_ignored
 from tools.sources.listing import Entry, Listing, name_some, split_stem
 
 EXPECTED = (
@@ -31,7 +30,7 @@ def find(root: Path) -> Path | None:
 
 def scan(root: Path) -> Listing:
     """List the CLS-LOC folder `root`. Raises UserError where labels are missing or do not fit the images."""
-    listing = Listing("kaggle", root, [], [], [], partial(_read, root))
+    listing = Listing("kaggle", root, partial(read_file, root))
     add_train(listing, "train")
     if mapping := _find_list(root, _MAPPING):
         listing.titles = read_mapping(mapping)
@@ -72,13 +71,7 @@ def _add_val(listing: Listing) -> None:
             f"{name_some(unlabelled)}; expected a row each, fetch the file again"
         )
     remark_ignored(listing, "val", others, "val/")
-    labels = {name: label for label, name in enumerate(listing.names)}
-    for file in files:
-        wnid = wnids[split_stem(file)[0]]
-        if wnid not in labels:
-            labels[wnid] = len(listing.names)
-            listing.names.append(wnid)
-        listing.val.append(Entry(f"val/{file}", labels[wnid]))
+    listing.val = [Entry(f"val/{file}", listing.label_of(wnids[split_stem(file)[0]])) for file in files]
     if num_absent := len(wnids) - len(files):
         listing.remarks.append(f"val: {num_absent} images of {_SOLUTION} are not there")
 
@@ -93,15 +86,14 @@ def read_solution(path: Path) -> dict[str, str]:
             if header[:2] != ["ImageId", "PredictionString"]:
                 raise UserError(f"{path}: begins with {header!r}, expected ImageId,PredictionString; fetch it again")
             for row in rows:
+                where = f"{path}, line {rows.line_num}"
                 words = row[1].split() if len(row) == 2 else []
                 if not words or not re.fullmatch(r"[^\s/]+", words[0]) or len(set(words[0::5])) != 1:
-                    raise UserError(
-                        f"{path}, line {rows.line_num}: {','.join(row)!r}, expected an image id and one wnid with boxes"
-                    )
+                    raise UserError(f"{where}: {','.join(row)!r}, expected an image id and one wnid with boxes")
                 if wnids.setdefault(row[0], words[0]) != words[0]:
                     raise UserError(
-                        f"{path}, line {rows.line_num}: {row[0]!r} is {words[0]!r} here and {wnids[row[0]]!r} before, "
-                        "expected one class; fetch it again"
+                        f"{where}: {row[0]!r} is {words[0]!r} here and {wnids[row[0]]!r} before, expected one class; "
+                        "fetch it again"
                     )
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path}: not a CSV file in UTF-8 ({error}); fetch it again") from error

@@ -1,14 +1,11 @@
-"""What a layout finds, and how it becomes a `Source`'s splits: names, order, subset and validation share.
-
-The decision that shaped it: layouts only say which images there are and which class each is of, by a provisional label
-into `names`. Everything that must be the same whatever the layout (class indices, canonical order, the share taken for
-validation) is done here, from names alone. Left out: finding and reading the images.
-"""
+"""What a layout finds, and what is the same for all layouts, from names alone: order, subset, validation share."""
 
 import hashlib
 import re
+import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,14 +13,15 @@ from pipeline.common.errors import UserError
 from pipeline.images.imagenet import load_ilsvrc2012
 
 _NUM_NAMED = 8
+_WNID = re.compile(r"n[0-9]{8}")
 _WNID_BEHIND = re.compile(r"_n[0-9]{8}(?=(\.[^.]*)?$)")
 _TRAIN_NAME = re.compile(r"(n[0-9]{8})_")
+_NUM_CONTRADICTIONS = 4  # that are shown
 
 
 class Entry(NamedTuple):
-    """One image: its path inside the source, by which it is traced, its class index, and, where the path does not say
-    it, where the bytes are (numbers that the source's `read` understands). The path is never opened unless a folder
-    was listed to get it: a name out of an archive is a name and no more."""
+    """One image: its path inside the source, its class index, and, where the path does not say it, where the bytes are
+    (numbers that the source's `read` understands). A path out of an archive is a name, and never opened."""
 
     path: str
     label: int
@@ -36,18 +34,34 @@ class Entry(NamedTuple):
 
 @dataclass
 class Listing:
-    """What a layout holds. `names[label]` is the class (wnid) of the entries with that provisional label; `titles`
-    are names for people that come with the source; `is_undivided`: there is no word on what is for validation."""
+    """What a layout holds, in any order. `labels` numbers its classes (wnids) provisionally; `titles` are names for
+    people that come with the source; `told` has what images' names tell where classes are numbered: by label and wnid,
+    how many do and the first of them; `is_undivided`: there is no word on what is for validation."""
 
     layout: str
     root: Path
-    names: list[str]
-    train: list[Entry]
-    val: list[Entry]
     read: Callable[[Entry], bytes]
+    train: list[Entry] = field(default_factory=list)
+    val: list[Entry] = field(default_factory=list)
+    labels: dict[str, int] = field(default_factory=dict)
     titles: dict[str, str] = field(default_factory=dict)
+    told: dict[tuple[int, str], tuple[int, str]] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)
     is_undivided: bool = False
+
+    def label_of(self, name: str) -> int:
+        """The label of a class, a new one where it has none."""
+        return self.labels.setdefault(name, len(self.labels))
+
+    def tell(self, label: int, wnid: str, path: str) -> None:
+        """Count an image whose name tells `wnid`."""
+        count, example = self.told.get((label, wnid), (0, path))
+        self.told[label, wnid] = count + 1, example
+
+    @property
+    def names(self) -> list[str]:
+        """The class of each label."""
+        return list(self.labels)
 
 
 def name_some(names: list[str]) -> str:
@@ -76,32 +90,47 @@ def find_wnid(name: str, base_name: str) -> str | None:
     return before[1] if before else None
 
 
-def name_labels(
-    labels: set[int], wnids: dict[int, set[str | None]], titles: dict[int, str] | None = None
-) -> tuple[dict[int, str], str]:
-    """Class names of the training labels of a source that numbers its classes, and a remark ("" where none is due).
-
-    `wnids`: what the names of a label's images tell. Tried in turn: one wnid for each label, another for each; the
-    sorted wnids of ILSVRC2012, if the labels, or `titles` (the source's own names) that fit, are 0 to 999; those
-    titles, if no two are the same; the numbers, padded so that they sort as numbers.
-    """
-    told = {label: next(iter(wnids[label])) for label in labels if len(wnids.get(label, ())) == 1}
-    by_image = {label: wnid for label, wnid in told.items() if wnid}
-    if len(by_image) == len(labels) == len(set(by_image.values())):
-        return by_image, ""
-    table = load_ilsvrc2012()
-    if set(titles or labels) == set(range(len(table))) and (not titles or _fit(titles, table)):
-        return dict(enumerate(table)), "labels 0 to 999 are taken for the sorted wnids of ILSVRC2012"
-    if titles and labels <= titles.keys() and len(set(titles.values())) == len(titles):
-        return titles, ""
-    width = len(str(max(labels, default=0)))
-    return {label: f"{label:0{width}d}" for label in labels}, "classes are called by their numbers, for want of names"
+def _refuse_lookalikes(listing: Listing) -> None:
+    """Two classes whose names differ in how accents are written alone: macOS writes two marks."""
+    seen: dict[str, str] = {}
+    for name in listing.labels:
+        other = seen.setdefault(unicodedata.normalize("NFC", name), name)
+        if other != name:
+            raise UserError(
+                f"{listing.root}: the classes {other!a} and {name!a} look alike, an accent is one character "
+                "here and two there; give both the same name"
+            )
 
 
-def _fit(titles: dict[int, str], table: dict[str, str]) -> bool:
-    """Whether these are ILSVRC2012's classes: editions of the list differ in a few words."""
-    same = [titles[label].split(",")[0] == name.split(",")[0] for label, name in enumerate(table.values())]
-    return sum(same) > len(same) // 2
+def check_names(listing: Listing) -> str:
+    """A remark on what is said twice, and differently: images whose names tell another wnid than their class, classes
+    called as another one is; "" where nothing is. Raises UserError for classes whose names look alike."""
+    _refuse_lookalikes(listing)
+    names, table, odd = listing.names, load_ilsvrc2012(), []
+    expected = {label: name for label, name in enumerate(names) if _WNID.fullmatch(name)}
+    if listing.told:  # a class that is called by its number or name should still be one wnid, and no other's
+        for (label, wnid), _ in sorted(listing.told.items(), key=lambda item: -item[1][0]):
+            expected.setdefault(label, wnid)
+        first: dict[str, int] = {}
+        for label, wnid in sorted(expected.items()):
+            if (other := first.setdefault(wnid, label)) != label:
+                odd.append(f"{wnid} is {names[other]!r} and {names[label]!r}")
+    else:
+        for entry in chain(listing.train, listing.val):
+            name = entry.base_name
+            if not name.startswith(expected.get(entry.label, "")) and (said := find_wnid(name, name)):
+                listing.tell(entry.label, said, entry.path)
+    for (label, wnid), (count, example) in sorted(listing.told.items()):
+        if wnid != expected[label]:
+            odd.append(f"{count:,} of class {names[label]!r} tell {wnid}, such as {example!r}")
+    by_title = {title: wnid for wnid, title in table.items()}
+    for wnid, title in listing.titles.items():
+        if title != table.get(wnid, title) and title in by_title:
+            odd.append(f"{wnid} is called {title!r}, as {by_title[title]} is")
+    if not odd:
+        return ""
+    more = f"; and {len(odd) - _NUM_CONTRADICTIONS} more" if len(odd) > _NUM_CONTRADICTIONS else ""
+    return f"names of images or classes contradict the labels: {'; '.join(odd[:_NUM_CONTRADICTIONS])}{more}"
 
 
 def pick_classes(listing: Listing, subset: Path) -> None:
@@ -112,20 +141,20 @@ def pick_classes(listing: Listing, subset: Path) -> None:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise UserError(f"{subset}: {reason}; expected a text file of wnids, one a line") from error
-    known, wanted = set(listing.names), []
+    known, wanted = {unicodedata.normalize("NFC", name): name for name in listing.labels}, []
     for line in lines:
-        name = re.sub(r"(^|\s)#.*", "", line).strip()
+        name = unicodedata.normalize("NFC", re.sub(r"(^|\s)#.*", "", line).strip())
         if name:
             first = name.split()[0]
             wanted.append(first if name not in known and first in known else name)  # "wnid name" is a common form
     if not wanted:
         raise UserError(f"{subset}: names no class; expected wnids, one a line")
-    if unknown := sorted(set(wanted) - known):
+    if unknown := sorted(set(wanted) - known.keys()):
         raise UserError(
             f"{subset}: {len(unknown)} classes that {listing.root} does not have: {name_some(unknown)}; "
-            f"expected names such as {name_some(sorted(known)[:2])}"
+            f"expected names such as {name_some(sorted(known.values())[:2])}"
         )
-    picked = set(wanted)
+    picked = {known[name] for name in wanted}
     kept = [name in picked for name in listing.names]
     num_before = len(listing.train) + len(listing.val)
     listing.train = [entry for entry in listing.train if kept[entry.label]]
@@ -146,8 +175,9 @@ def take_share(listing: Listing, fraction: float, seed: int) -> None:
         by_class.setdefault(entry.label, []).append(entry)
     train: list[Entry] = []
     val: list[Entry] = []
+    names = listing.names
     for label, entries in by_class.items():
-        salt = f"{seed} {listing.names[label]} "
+        salt = f"{seed} {names[label]} "
 
         def draw(entry: Entry, salt: str = salt) -> tuple[bytes, tuple[str, ...]]:
             key = _sort_key(entry)
@@ -171,13 +201,14 @@ def put_in_order(listing: Listing) -> tuple[tuple[str, ...], list[Entry], list[E
 
     Raises UserError for validation images of other classes.
     """
-    by_class: list[list[Entry]] = [[] for _ in listing.names]
+    names = listing.names
+    by_class: list[list[Entry]] = [[] for _ in names]
     for entry in listing.train:
         by_class[entry.label].append(entry)
     listing.train = []  # 1.3 million of them: not to be held twice
-    classes = sorted((name, label) for label, name in enumerate(listing.names) if by_class[label])
+    classes = sorted((name, label) for label, name in enumerate(names) if by_class[label])
     final = {label: index for index, (_, label) in enumerate(classes)}
-    strangers = sorted({listing.names[entry.label] for entry in listing.val if entry.label not in final})
+    strangers = sorted({names[entry.label] for entry in listing.val if entry.label not in final})
     if strangers:
         raise UserError(
             f"{listing.root / 'val'}: {len(strangers)} classes without training images: {name_some(strangers)}; "

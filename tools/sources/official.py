@@ -1,10 +1,5 @@
-"""ImageNet as image-net.org gives it: tars that are read in place, and the development kit that says what val/ shows.
-
-The decision that shaped it: nothing is extracted. The headers of ILSVRC2012_img_train.tar (a tar of a thousand tars)
-and ILSVRC2012_img_val.tar are read once per run, and an image is its offset and size. Measured with 1,281,167 members
-in a thousand tars (142 GB), page cache warm, two cores shared with other work: 33 s in the quietest of four runs, 154 s
-in the busiest; cache dropped, on a virtual disk: 107 s, once; 0.55 GB of memory. Left out: the other tasks' archives.
-"""
+"""ImageNet as image-net.org gives it: ILSVRC2012_img_train.tar (a tar of a thousand tars) and ILSVRC2012_img_val.tar,
+whose headers are read once, and the development kit that says what val shows. Nothing is extracted."""
 
 import gzip
 import io
@@ -15,9 +10,8 @@ from pathlib import Path
 
 from pipeline.common.errors import UserError
 from pipeline.images.imagenet import load_ilsvrc2012
+from tools.sources.archive import MemberReader, scan_all, scan_tar
 from tools.sources.listing import Entry, Listing, name_some
-from tools.sources.spans import OpenFile, SpanReader, scan_all
-from tools.sources.tars import Member, scan_tar
 
 TRAIN, VAL, DEVKIT = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12.tar.gz"
 EXPECTED = f"SOURCE/{TRAIN}, SOURCE/{VAL} and SOURCE/{DEVKIT}"
@@ -39,7 +33,7 @@ def scan(root: Path) -> Listing:
     has_val = (root / VAL).is_file()
     # The kit comes first: it takes a moment, and what is missing should be said before a scan of minutes.
     kit = _read_devkit(root) if has_val else None
-    listing = Listing("official", root, [], [], [], SpanReader(str(root), (TRAIN, VAL)))
+    listing = Listing("official", root, MemberReader(str(root), (TRAIN, VAL)))
     _add_train(listing)
     if kit:
         wnids, titles, truth = kit
@@ -52,66 +46,64 @@ def scan(root: Path) -> Listing:
 
 
 def _add_train(listing: Listing) -> None:
-    file = OpenFile(str(listing.root / TRAIN))
-    tars: dict[str, Member] = {}
-    for member, _ in scan_tar(file):
-        wnid = _base_name(member.name).removesuffix(".tar")
-        if not member.is_file or not member.name.endswith(".tar") or not wnid:
+    path = listing.root / TRAIN
+    tars: dict[str, tarfile.TarInfo] = {}
+    for member in scan_tar(path):
+        wnid = member.name.rpartition("/")[2].removesuffix(".tar")
+        if not member.isreg() or not member.name.endswith(".tar") or not wnid:
             raise UserError(
-                f"{file.path}: holds {member.name!r}, expected a tar of tars, one per class, such as 'n01440764.tar'"
+                f"{path}: holds {member.name!r}, expected a tar of tars, one per class, such as 'n01440764.tar'"
             )
         if wnid in tars:
-            raise UserError(f"{file.path}: holds {wnid + '.tar'!r} twice, expected one tar per class; fetch it again")
+            raise UserError(f"{path}: holds {wnid + '.tar'!r} twice, expected one tar per class; fetch it again")
         tars[wnid] = member
     if not tars:
-        raise UserError(f"{file.path}: is empty, expected a tar per class; fetch it again")
-    listing.names = sorted(tars)
-
-    def scan_class(wnid: str) -> list[tuple[Member, str]]:
-        inner = tars[wnid]
-        members = scan_tar(file, inner.offset, inner.size, name=inner.name)
-        return [(member, _base_name(member.name)) for member, _ in members]
-
-    for label, members in enumerate(scan_all(scan_class, listing.names, "scan")):
-        wnid = listing.names[label]
+        raise UserError(f"{path}: is empty, expected a tar per class; fetch it again")
+    wnids, empty = sorted(tars), []
+    for wnid, images in zip(wnids, scan_all(lambda wnid: _list_images(path, tars[wnid]), wnids, "scan"), strict=True):
         head = f"{TRAIN}/{wnid}.tar/"
-        _check_members(f"{file.path}, {wnid + '.tar'!r}", members)
-        listing.train += [Entry(head + base, label, (0, member.offset, member.size)) for member, base in members]
-    if empty := sorted(set(listing.names) - {listing.names[entry.label] for entry in listing.train}):
+        listing.train += [Entry(head + base, listing.label_of(wnid), (0, *place)) for base, place in images.items()]
+        if not images:
+            empty.append(wnid)
+    if empty:
         listing.remarks.append(f"{TRAIN}: {len(empty)} class tars without an image passed over: {name_some(empty)}")
-    if listing.names == list(load_ilsvrc2012()) and len(listing.train) != _NUM_TRAIN_IMAGES:
+    if wnids == list(load_ilsvrc2012()) and len(listing.train) != _NUM_TRAIN_IMAGES:
         listing.remarks.append(f"{TRAIN}: {len(listing.train):,} images, ImageNet has {_NUM_TRAIN_IMAGES:,}")
 
 
-def _check_members(where: str, members: list[tuple[Member, str]]) -> None:
-    odd = sorted(member.name for member, base in members if not member.is_file or not base)
+def _list_images(path: Path, inner: tarfile.TarInfo | None = None) -> dict[str, tuple[int, int]]:
+    """Offset and size of each file, by its base name, of a tar or of one inside it."""
+    images: dict[str, tuple[int, int]] = {}
+    odd, twice = [], []
+    for member in scan_tar(path, inner.offset_data, inner.size, name=inner.name) if inner else scan_tar(path):
+        base = member.name.rpartition("/")[2]
+        if not member.isreg() or not base:
+            odd.append(member.name)
+        if base in images:
+            twice.append(base)
+        images[base] = member.offset_data, member.size
+    where = f"{path}, {inner.name!r}" if inner else path
     if odd:
-        raise UserError(f"{where}: {len(odd)} members are no plain files: {name_some(odd)}; fetch it again")
-    if len({base for _, base in members}) < len(members):
-        seen: set[str] = set()
-        twice = sorted({base for _, base in members if base in seen or seen.add(base)})  # type: ignore[func-returns-value]
-        raise UserError(f"{where}: {len(twice)} images are there twice: {name_some(twice)}; fetch it again")
+        raise UserError(f"{where}: {len(odd)} members are no plain files: {name_some(sorted(odd))}; fetch it again")
+    if twice:
+        raise UserError(f"{where}: {len(twice)} images are there twice: {name_some(sorted(twice))}; fetch it again")
+    return images
 
 
 def _add_val(listing: Listing, wnids: dict[int, str], truth: list[int]) -> None:
     """The line of the ground truth is the number in the image's name."""
-    file = OpenFile(str(listing.root / VAL))
-    members = [(member, _base_name(member.name)) for member, _ in scan_tar(file)]
-    _check_members(file.path, members)
-    labels = {name: label for label, name in enumerate(listing.names)}
-    for member, base in members:
+    path = listing.root / VAL
+    images = _list_images(path)
+    for base, place in images.items():
         match = _VAL_NAME.fullmatch(base)
         if not match or not 1 <= int(match[1]) <= len(truth):
             raise UserError(
-                f"{file.path}: holds {member.name!r}, expected 'ILSVRC2012_val_00000001.JPEG' to "
+                f"{path}: holds {base!r}, expected 'ILSVRC2012_val_00000001.JPEG' to "
                 f"'ILSVRC2012_val_{len(truth):08d}.JPEG', as many as the development kit has labels"
             )
-        wnid = wnids[truth[int(match[1]) - 1]]
-        if wnid not in labels:
-            labels[wnid] = len(listing.names)
-            listing.names.append(wnid)
-        listing.val.append(Entry(f"{VAL}/{base}", labels[wnid], (1, member.offset, member.size)))
-    if num_absent := len(truth) - len(members):
+        label = listing.label_of(wnids[truth[int(match[1]) - 1]])
+        listing.val.append(Entry(f"{VAL}/{base}", label, (1, *place)))
+    if num_absent := len(truth) - len(images):
         listing.remarks.append(f"{VAL}: {num_absent:,} of the {len(truth):,} images with labels are not there")
 
 
@@ -187,7 +179,3 @@ def read_truth(data: bytes, where: str, wnids: dict[int, str]) -> list[int]:
     if not ids:
         raise UserError(f"{where}: is empty, expected a line per validation image; fetch it again")
     return ids
-
-
-def _base_name(name: str) -> str:
-    return name.rpartition("/")[2]

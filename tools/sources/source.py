@@ -1,29 +1,26 @@
 """Where the images are: any of the forms in which ImageNet lies on disks, as a list of entries and a way to read one.
 
-The decision that shaped it: what a source holds (class table, entries in canonical order) is plain data, and reading
-is one picklable function, so that a worker process is sent entries and the function, never the whole listing. Class
-indices are the ranks of the class names in sorted order, and the canonical order (train by class and base name, val by
-base name, endings aside) depends on names alone, so it is the same wherever the images lie. Left out: looking into the
-images, and each layout's own ways (layouts/).
+Class indices are the ranks of the class names. Training images are in order of class and base name, validation images
+of base name, endings aside: by names alone, so that shards are the same wherever the images lie.
 """
 
 import gc
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 
 from pipeline.common.errors import UserError
-from pipeline.images.imagenet import IMAGE_ENDINGS, load_ilsvrc2012
+from pipeline.images.imagenet import load_ilsvrc2012
 from pipeline.manifest import SPLITS, ClassEntry
 from tools.sources import LAYOUTS, folder, kaggle, official, parquet, webdataset
+from tools.sources.archive import keep_open
 from tools.sources.folder import list_names
-from tools.sources.listing import Entry, Listing, name_some, pick_classes, put_in_order, take_share
-from tools.sources.spans import keep_open
+from tools.sources.listing import Entry, Listing, check_names, name_some, pick_classes, put_in_order, take_share
+from tools.sources.numbered import check_complete
 
-__all__ = ["IMAGE_ENDINGS", "Entry", "Source", "open_source"]
+__all__ = ["Entry", "Source", "open_source"]
 
-_MODULES: dict[str, ModuleType] = dict(zip(LAYOUTS, (folder, kaggle, official, parquet, webdataset), strict=True))
+_MODULES = dict(zip(LAYOUTS, (folder, kaggle, official, parquet, webdataset), strict=True))
 _MAX_FOLDERS_DOWN = 32  # in a folder with more in it, we do not go looking
 
 
@@ -52,28 +49,34 @@ def open_source(
     val_fraction: float | None = None,
     seed: int = 0,
     subset: str | Path | None = None,
+    allow_missing: bool = False,
 ) -> Source:
     """List the images in the folder `path`, in the layout that is found there, or in `layout`.
 
     `val_fraction` of each class's training images, chosen by `seed`, is for validation where the source does not say
-    what is; `subset` names a file of class names (wnids), one a line, to keep. Raises UserError for what is none of the
-    layouts or not whole, and for options that do not fit it; OSError for what cannot be read.
+    what is; `subset` names a file of class names (wnids) to keep, one a line; `allow_missing`: go on without files that
+    the numbers in the others' names tell of. Raises UserError for what is none of the layouts or not whole, and for
+    options that do not fit it; OSError for what cannot be read.
     """
     keep_open.cache_clear()
+    name, at = _find_layout(Path(path), layout)
+    module = _MODULES[name]
+    numbered = name in ("parquet", "webdataset")
+    missing = check_complete(at, module.list_files(at), allow_missing=allow_missing) if numbered else ""
     has_collector = gc.isenabled()
     gc.disable()  # it would walk over millions of tuples again and again, none of which is in a cycle
     try:
-        return _open_source(Path(path), layout, val_fraction, seed, None if subset is None else Path(subset))
+        listing: Listing = module.scan(at)
+        found = f"{listing.layout} layout found in {at}" if at != Path(path) else ""
+        odd = check_names(listing)
+        listing.remarks = [remark for remark in (found, missing, odd, *listing.remarks) if remark]
+        return _make_source(listing, at, val_fraction, seed, None if subset is None else Path(subset))
     finally:
         if has_collector:
             gc.enable()
 
 
-def _open_source(root: Path, layout: str | None, val_fraction: float | None, seed: int, subset: Path | None) -> Source:
-    module, at = _find_layout(root, layout)
-    listing: Listing = module.scan(at)
-    if at != root:
-        listing.remarks.insert(0, f"{listing.layout} layout found in {at}")
+def _make_source(listing: Listing, at: Path, val_fraction: float | None, seed: int, subset: Path | None) -> Source:
     if subset is not None:
         pick_classes(listing, subset)
     if not listing.train:
@@ -104,8 +107,8 @@ def _divide(listing: Listing, val_fraction: float | None, seed: int) -> None:
         listing.remarks.append(f"{wanted}: the shards will have no validation set (--val-fraction takes a share)")
 
 
-def _find_layout(root: Path, layout: str | None) -> tuple[ModuleType, Path]:
-    """The layout's module and the folder to scan: `root`, a folder that the layout has below it, or, if that is the
+def _find_layout(root: Path, layout: str | None) -> tuple[str, Path]:
+    """The layout and the folder to scan: `root`, a folder that the layout has below it, or, if that is the
     only one there, a folder in `root`."""
     if layout is not None and layout not in _MODULES:
         raise UserError(f"layout {layout!r}: expected one of {', '.join(LAYOUTS)}")
@@ -128,17 +131,13 @@ def _find_layout(root: Path, layout: str | None) -> tuple[ModuleType, Path]:
             hint = f"; did you mean {above[0][1]}?" if above else ""
             raise UserError(f"{root}: {shown}{train}; {expected}{hint}")
     if len(found) > 1:
-        seen = ", ".join(f"{_name(module)} in {at}" for module, at in found)
+        seen = ", ".join(f"{name} in {at}" for name, at in found)
         raise UserError(f"{root}: more than one source: {seen}; give one's folder, or choose by --layout")
     return found[0]
 
 
-def _match(root: Path, names: tuple[str, ...]) -> list[tuple[ModuleType, Path]]:
-    found = [(_MODULES[name], at) for name in names if (at := _MODULES[name].find(root))]
-    # Kaggle's CLS-LOC/ has train/ and val/ like any other.
-    kaggle_at = [at for module, at in found if module is kaggle]
-    return [(module, at) for module, at in found if module is not folder or at not in kaggle_at]
-
-
-def _name(module: ModuleType) -> str:
-    return module.__name__.rpartition(".")[2]
+def _match(root: Path, names: tuple[str, ...]) -> list[tuple[str, Path]]:
+    found = {name: at for name in names if (at := _MODULES[name].find(root))}
+    if "kaggle" in found and found["kaggle"] == found.get("folder"):
+        del found["folder"]  # Kaggle's CLS-LOC/ has train/ and val/ like any other
+    return list(found.items())

@@ -1,7 +1,6 @@
 """From rates to words: which of feeding, step and their overlap limits training, and what to change.
 
-The decision that shaped it: a pure function of numbers that were measured in one run, so that the same numbers always
-give the same advice, and each piece of advice states the number it follows from. Left out: measuring (bench.py).
+A pure function of numbers measured in one run; each piece of advice states the number it follows from.
 """
 
 from dataclasses import dataclass
@@ -49,64 +48,63 @@ class Diagnosis:
 
 def diagnose(r: Readings) -> Diagnosis:
     """Name the limit. Feeding and step alone bound training; well below both, it is their overlap that costs."""
-    bound = min(r.feed, r.step)
-    if r.together < (1 - OVERLAP_LOSS) * bound:
-        return _diagnose_overlap(r, bound)
-    waits = f"training waits for data {r.data_wait_fraction:.0%} of the time"
-    if r.feed < r.step:
-        finding = f"feeding limits: the loader gives {r.feed / r.step:.2f}x of what the step takes; {waits}"
-        return Diagnosis("feeding", finding, _speed_feeding(r))
-    finding = f"the step limits: the loader gives {r.feed / r.step:.2f}x of what the step takes; {waits}"
-    return Diagnosis("step", finding, _speed_step(r))
-
-
-def _diagnose_overlap(r: Readings, bound: float) -> Diagnosis:
+    if r.together < (1 - OVERLAP_LOSS) * min(r.feed, r.step):
+        return _diagnose_overlap(r)
+    is_feeding = r.feed < r.step
     finding = (
-        f"neither alone limits: together they reach {r.together / bound:.0%} of the slower one "
+        f"{'feeding' if is_feeding else 'the step'} limits: the loader gives {r.feed / r.step:.2f}x of what the step "
+        f"takes; training waits for data {r.data_wait_fraction:.0%} of the time"
+    )
+    advice = _speed_feeding(r) if is_feeding else _speed_step(r)
+    return Diagnosis("feeding" if is_feeding else "step", finding, tuple(advice))
+
+
+def _diagnose_overlap(r: Readings) -> Diagnosis:
+    finding = (
+        f"neither alone limits: together they reach {r.together / min(r.feed, r.step):.0%} of the slower one "
         f"(feeding {r.feed:,.0f}, step {r.step:,.0f}, together {r.together:,.0f} images/s)"
     )
     if r.on_gpu:
-        advice = []
-        if r.decode in ("mixed", "hybrid"):
-            advice.append(f"decoding ({r.decode}) and step share the GPU: compare with --decode cpu")
-        if r.threads_per_rank * r.num_ranks >= r.num_cores:
-            fewer = max(1, (r.num_cores - r.num_ranks) // r.num_ranks)
-            advice.append(
-                f"{r.num_ranks} x {r.threads_per_rank} decoding threads leave none of {r.num_cores} cores to the "
-                f"ranks themselves: --threads {fewer}"
-            )
-        if not advice:
-            advice.append("the transfer to the GPU is what is left: look at it with torch.profiler")
-        return Diagnosis("overlap", finding, tuple(advice))
+        return Diagnosis("overlap", finding, tuple(_share_the_gpu(r)))
     finding += f"; both run on the same {r.num_cores} cores"
     feed_s, step_s = 1 / r.feed, 1 / r.step
-    share = f"of an image's {1000 * (feed_s + step_s):.2f} ms, feeding takes {feed_s / (feed_s + step_s):.0%}: "
+    share = f"of an image's {1000 * (feed_s + step_s):.2f} ms, feeding takes {feed_s / (feed_s + step_s):.0%}: shorten "
     if step_s > _LONGER * feed_s:
-        return Diagnosis("overlap", finding, (share + "shorten the step", *_speed_step(r)))
-    if feed_s > _LONGER * step_s:
-        return Diagnosis("overlap", finding, (share + "shorten feeding", *_speed_feeding(r)))
-    return Diagnosis("overlap", finding, (share + "shorten both", *_speed_feeding(r), *_speed_step(r)))
+        advice = [share + "the step", *_speed_step(r)]
+    elif feed_s > _LONGER * step_s:
+        advice = [share + "feeding", *_speed_feeding(r)]
+    else:
+        advice = [share + "both", *_speed_feeding(r), *_speed_step(r)]
+    return Diagnosis("overlap", finding, tuple(advice))
 
 
-def _speed_feeding(r: Readings) -> tuple[str, ...]:
+def _share_the_gpu(r: Readings) -> list[str]:
     advice = []
+    if r.decode in ("mixed", "hybrid"):
+        advice.append(f"decoding ({r.decode}) and step share the GPU: compare with --decode cpu")
+    if r.threads_per_rank * r.num_ranks >= r.num_cores:
+        fewer = max(1, (r.num_cores - r.num_ranks) // r.num_ranks)
+        advice.append(
+            f"{r.num_ranks} x {r.threads_per_rank} decoding threads leave none of {r.num_cores} cores to the ranks "
+            f"themselves: --threads {fewer}"
+        )
+    return advice or ["the transfer to the GPU is what is left: look at it with torch.profiler"]
+
+
+def _speed_feeding(r: Readings) -> list[str]:
+    advice, of_limit, gib = [], r.feed / r.decode_limit, r.raw_bytes / 2**30
     if r.threads_per_rank * r.num_ranks < r.num_cores:
         advice.append(
             f"more threads: {r.num_ranks} x {r.threads_per_rank} of {r.num_cores} cores decode; "
             f"--threads {r.num_cores // r.num_ranks}"
         )
-    of_limit = r.feed / r.decode_limit
     if r.on_gpu and r.decode in ("cpu", "mixed"):
         advice.append(f"decode on cores and GPU at once (now {r.decode}): --decode hybrid")
     if r.encoding == "raw":
+        reason = f"the loader is at {of_limit:.0%} of reading alone"
         if of_limit < _NEAR_LIMIT:
-            advice.append(
-                f"the loader reaches {of_limit:.0%} of reading alone: alexnet-prep doctor --shards DIR times the disk"
-            )
-        else:
-            advice.append(f"the loader is at {of_limit:.0%} of reading alone: a faster disk, or memory for all shards")
-        return tuple(advice)
-    gib = r.raw_bytes / 2**30
+            return [*advice, f"{reason}: alexnet-prep doctor --shards DIR times the disk"]
+        return [*advice, f"{reason}: a faster disk, or memory for all shards"]
     reason = f"the loader is at {of_limit:.0%} of decoding alone"
     if of_limit >= _NEAR_LIMIT:
         reason += ", so leave decoding out"
@@ -115,10 +113,10 @@ def _speed_feeding(r: Readings) -> tuple[str, ...]:
     advice.append(f"{reason}: raw shards need no decoding and {gib:.1f} GiB of disk, alexnet-prep shard --encoding raw")
     if of_limit < _NEAR_LIMIT and not r.on_gpu:
         advice.append("or the disk is slow: alexnet-prep doctor --shards DIR times it")
-    return tuple(advice)
+    return advice
 
 
-def _speed_step(r: Readings) -> tuple[str, ...]:
+def _speed_step(r: Readings) -> list[str]:
     advice = []
     if r.on_gpu and r.precision == "float32":
         advice.append("try --set precision=bf16")
@@ -126,8 +124,4 @@ def _speed_step(r: Readings) -> tuple[str, ...]:
         advice.append(f"more GPUs are visible: --gpus {r.num_gpus_visible}")
     if not r.num_gpus_visible:
         advice.append("the network runs on the CPU: a GPU is what helps, or a narrower net (--set width=FRACTION)")
-    if not advice:
-        advice.append(
-            "this is what the GPU gives: a larger --global-batch-size fills it better, but is another training"
-        )
-    return tuple(advice)
+    return advice or ["this is what the GPU gives: a larger --global-batch-size fills it better, but trains otherwise"]

@@ -1,26 +1,29 @@
-"""How rates are taken: rounds of several tasks in alternation, after a warm-up, over all ranks.
+"""How rates are taken: rounds of several tasks in turns, over all ranks; and what CPU time and memory they cost.
 
-The decision that shaped it: what is compared is measured in turns in one process, so that whatever else the machine
-does falls on all of it alike; a rate is the median over rounds with its spread, a ratio the median of the ratios of
-neighbouring rounds. Rounds are numbers of steps, agreed on by all ranks, because ranks reduce in step. Left out: what
-is measured (bench_feed.py, bench_step.py) and what follows from it (diagnosis.py).
+Turns in one process, because whatever else the machine does then falls on all tasks alike. A round is a number of
+steps that all ranks agree on, because ranks reduce in step.
 """
 
+import contextlib
+import os
 import statistics
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from trainer.bench.usage import cpu_time_s, list_tree
 from trainer.distributed import Ranks, gather
 
 Clock = Callable[[], float]
 
 _WARM_UP_STEPS = 2  # allocation, compilation, choice of algorithms
 _MAX_STEPS = 1 << 24
+_PROC = Path("/proc")
+_PARENT, _TIMES = 1, slice(11, 15)  # of /proc/PID/stat behind the name: ppid; utime, stime, cutime, cstime
 
 
 class Work(NamedTuple):
@@ -53,64 +56,49 @@ class Round(NamedTuple):
 
 @dataclass(frozen=True)
 class Rate:
-    """Rounds of one task, and what they say."""
+    """Rounds of one task. per_s, lowest and highest are the median, least and largest of their rates."""
 
     rounds: tuple[Round, ...]
 
     @property
     def per_s(self) -> float:
-        """Median over rounds."""
         return statistics.median(one.per_s for one in self.rounds)
 
     @property
-    def lowest(self) -> float:
-        return min(one.per_s for one in self.rounds)
-
-    @property
-    def highest(self) -> float:
-        return max(one.per_s for one in self.rounds)
-
-    @property
-    def spread(self) -> float:
-        """(highest - lowest) / median."""
-        return (self.highest - self.lowest) / self.per_s
-
-    @property
     def num_done(self) -> int:
-        return sum(one.num_done for one in self.rounds)
-
-    @property
-    def duration_s(self) -> float:
-        return sum(one.duration_s for one in self.rounds)
+        return self._total.num_done
 
     @property
     def cores_used(self) -> float:
         """CPU time per second, of all processes of all ranks."""
-        return sum(one.cpu_s for one in self.rounds) / self.duration_s
+        return self._total.cpu_s / self._total.duration_s
 
     @property
     def waited_fraction(self) -> float:
         """Share of the time in which the slowest rank waited for data."""
-        return sum(one.waited_s for one in self.rounds) / self.duration_s
+        return self._total.waited_s / self._total.duration_s
+
+    @property
+    def _total(self) -> Round:
+        return Round(*map(sum, zip(*self.rounds, strict=True)))
 
     def ratio_to(self, other: "Rate") -> float:
         """Median over rounds of this rate in units of the other's, taken in the same turn."""
         return statistics.median(a.per_s / b.per_s for a, b in zip(self.rounds, other.rounds, strict=True))
 
     def to_json(self, unit: str = "images") -> dict[str, Any]:
+        """The fields of a rate in `alexnet-bench --json`; spread is (highest - lowest) / median."""
+        rates = [one.per_s for one in self.rounds]
         return {
             f"{unit}_per_s": self.per_s,
-            "lowest": self.lowest,
-            "highest": self.highest,
-            "spread": self.spread,
+            "lowest": min(rates),
+            "highest": max(rates),
+            "spread": (max(rates) - min(rates)) / self.per_s,
             "num_rounds": len(self.rounds),
             f"num_{unit}": self.num_done,
-            "duration_s": self.duration_s,
+            "duration_s": self._total.duration_s,
             "rounds": [{f"num_{unit}": one.num_done, "duration_s": one.duration_s} for one in self.rounds],
         }
-
-    def __str__(self) -> str:
-        return f"{self.per_s:,.0f} ({self.lowest:,.0f} to {self.highest:,.0f})"
 
 
 def alternate(
@@ -164,3 +152,40 @@ def gpu_memory_bytes(ranks: Ranks) -> int | None:
         return None
     free, total = torch.cuda.mem_get_info(ranks.device)
     return total - free
+
+
+def list_tree() -> list[int]:
+    """The ids of this process and all its descendants: a loader may decode in processes of its own."""
+    children: dict[int, list[int]] = defaultdict(list)
+    for entry in _PROC.iterdir():
+        if entry.name.isdigit() and (stat := _read_stat(int(entry.name))):
+            children[int(stat[_PARENT])].append(int(entry.name))
+    tree = [os.getpid()]
+    for process in tree:  # grows while it is walked
+        tree += children[process]
+    return tree
+
+
+def cpu_time_s(tree: list[int]) -> float:
+    """CPU seconds so far of these processes, to about 0.01: user, system, and that of children they outlived."""
+    ticks = sum(sum(map(int, _read_stat(process)[_TIMES])) for process in tree)
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def memory_bytes(tree: list[int], *, peak: bool = False) -> int:
+    """Resident memory of these processes, now or at its peak; pages that they share are counted in each of them."""
+    name, total = "VmHWM:" if peak else "VmRSS:", 0
+    for process in tree:
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            for line in (_PROC / str(process) / "status").read_text(encoding="utf-8", errors="replace").splitlines():
+                if line.startswith(name):
+                    total += int(line.split()[1]) * 1024
+    return total
+
+
+def _read_stat(process: int) -> list[str]:
+    """The fields behind the name, which may hold anything; none if the process has ended meanwhile."""
+    try:
+        return (_PROC / str(process) / "stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+    except OSError:
+        return []

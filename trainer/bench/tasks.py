@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import simplejpeg
 import torch
 from torch import Tensor, nn
 
 from pipeline.loader import Batch, TrainLoader
 from pipeline.manifest import ENDINGS, IMAGE_SIZE_PX
+from pipeline.options import CROP_SIZE_PX, count_threads
 from pipeline.shards import ShardSet, read_index
 from trainer.bench.rates import Clock, Task, Work
-from trainer.bench.usage import count_cores
 from trainer.distributed import Ranks
 from trainer.evaluate import count_errors
 from trainer.model import AlexNet
@@ -28,6 +29,9 @@ from trainer.step import Learner
 MAX_SAMPLES = 2048  # of 25 KB each: more than the processor's caches hold, and read in a moment
 _LEAD_BATCHES = 4  # two stand ready in DALI's queue, others in whatever comes behind it
 _IMAGES_A_STEP = 16  # for each thread
+_PIXEL_STD = 70.0  # about that of photographs in grey levels
+_PRODUCT_SIZE = {"cpu": 1024, "cuda": 8192}  # of the square matrices: large enough to be limited by arithmetic
+_MARKS_A_STEP = 4
 
 
 class Place(NamedTuple):
@@ -69,26 +73,13 @@ def find_samples(shards: ShardSet, limit: int = MAX_SAMPLES) -> list[Place]:
 
 def limit_task(places: Sequence[Place], encoding: str, num_threads: int | None = None) -> tuple[str, Task]:
     """What feeding cannot be faster than, as (words for it, task): a step decodes (raw: reads) 16 images a thread."""
-    num_threads = num_threads or count_cores()
+    num_threads = num_threads or count_threads()
     if encoding == "raw":
-        words = f"reading the same samples alone, {num_threads} threads"
-        return words, _spread(_make_read(places), places, num_threads)
-    import simplejpeg
-
-    codec = f"libjpeg-turbo (simplejpeg {simplejpeg.__version__})"
-    words = f"decoding the same whole images alone, {codec}, {num_threads} threads"
-    return words, _spread(_make_decode(places), places, num_threads)
-
-
-def _make_decode(places: Sequence[Place]) -> Callable[[int, np.ndarray], None]:
-    import simplejpeg
-
-    images = [_read(place) for place in places]
-
-    def decode(number: int, into: np.ndarray) -> None:
-        simplejpeg.decode_jpeg(images[number], buffer=into)  # lets other threads run meanwhile
-
-    return decode
+        what, work = "reading the same samples alone", _make_read(places)
+    else:
+        codec = f"libjpeg-turbo (simplejpeg {simplejpeg.__version__})"
+        what, work = f"decoding the same whole images alone, {codec}", _make_decode(places)
+    return f"{what}, {num_threads} threads", _spread(work, len(places), num_threads)
 
 
 def _make_read(places: Sequence[Place]) -> Callable[[int, np.ndarray], None]:
@@ -101,20 +92,25 @@ def _make_read(places: Sequence[Place]) -> Callable[[int, np.ndarray], None]:
     return read
 
 
-def _read(place: Place) -> bytes:
-    with place.tar.open("rb") as file:
-        file.seek(place.offset)
-        return file.read(place.size)
+def _make_decode(places: Sequence[Place]) -> Callable[[int, np.ndarray], None]:
+    read, images = _make_read(places), [np.empty(place.size, np.uint8) for place in places]
+    for number, image in enumerate(images):
+        read(number, image)
+
+    def decode(number: int, into: np.ndarray) -> None:
+        simplejpeg.decode_jpeg(images[number], buffer=into)  # lets other threads run meanwhile
+
+    return decode
 
 
-def _spread(work: Callable[[int, np.ndarray], None], places: Sequence[Place], num_threads: int) -> Task:
+def _spread(work: Callable[[int, np.ndarray], None], num_images: int, num_threads: int) -> Task:
     """Each thread takes every so-manieth image, into a buffer of its own, so that none waits for another."""
     pool, position = ThreadPoolExecutor(num_threads, "limit"), 0
     buffers = [np.empty((IMAGE_SIZE_PX, IMAGE_SIZE_PX, 3), np.uint8) for _ in range(num_threads)]
 
     def do_part(thread: int, start: int, stop: int) -> None:
         for number in range(start + thread, stop, num_threads):
-            work(number % len(places), buffers[thread])
+            work(number % num_images, buffers[thread])
 
     def run(num_steps: int) -> Work:
         nonlocal position
@@ -126,25 +122,34 @@ def _spread(work: Callable[[int, np.ndarray], None], places: Sequence[Place], nu
     return Task(run)
 
 
-INPUT_SIZE_PX = 224
-_PIXEL_STD = 70.0  # about that of photographs in grey levels
-_PRODUCT_SIZE = {"cpu": 1024, "cuda": 8192}  # of the square matrices: large enough to be limited by arithmetic
-_MARKS_A_STEP = 4
+class _Layer(NamedTuple):
+    """For one image: the values that a layer reads and writes, its weights with biases, its multiply-accumulates."""
+
+    num_in: int
+    num_out: int
+    num_weights: int
+    num_macs: int
+
+
+def _measure_layers(recipe: Recipe, num_classes: int) -> dict[str, _Layer]:
+    layers: dict[nn.Module, _Layer] = {}
+
+    def measure(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        weight, bias = layer.get_parameter("weight"), layer.get_parameter("bias")
+        num_macs = output.numel() * weight[0].numel()
+        layers[layer] = _Layer(inputs[0].numel(), output.numel(), weight.numel() + bias.numel(), num_macs)
+
+    with torch.device("meta"):  # shapes alone: no weights, no arithmetic
+        model, image = AlexNet(recipe, num_classes), torch.empty(1, 3, CROP_SIZE_PX, CROP_SIZE_PX)
+    for layer in model.children():
+        layer.register_forward_hook(measure)
+    model(image)
+    return {name: layers[layer] for name, layer in model.named_children()}
 
 
 def count_macs(recipe: Recipe, num_classes: int = 1000) -> dict[str, int]:
     """Multiply-accumulates of one image's forward pass, by layer: convolutions and full connections only."""
-    macs: dict[str, int] = {}
-    with torch.device("meta"):  # shapes alone: no weights, no arithmetic
-        model, image = AlexNet(recipe, num_classes), torch.empty(1, 3, INPUT_SIZE_PX, INPUT_SIZE_PX)
-    for name, layer in model.named_children():
-
-        def count(layer: nn.Module, _inputs: Any, output: Tensor, name: str = name) -> None:
-            macs[name] = output[0].numel() * layer.get_parameter("weight")[0].numel()
-
-        layer.register_forward_hook(count)
-    model(image)
-    return macs
+    return {name: layer.num_macs for name, layer in _measure_layers(recipe, num_classes).items()}
 
 
 def count_step_flops(recipe: Recipe, num_classes: int = 1000) -> int:
@@ -166,30 +171,16 @@ def count_step_bytes(recipe: Recipe, batch_size: int, num_classes: int = 1000) -
     bytes each) twice. Weights: read forward and backward, their gradient written; the update reads three such and
     writes two.
     """
-    numbers = {"maps": 0.0, "weights": 0.0}
-    with torch.device("meta"):
-        model, image = AlexNet(recipe, num_classes), torch.empty(1, 3, INPUT_SIZE_PX, INPUT_SIZE_PX)
-    pooled = 0
-    for name, layer in model.named_children():
-
-        def count(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor, name: str = name) -> None:
-            nonlocal pooled
-            into, out = inputs[0].numel(), output.numel()
-            numbers["maps"] += (2 if name == "conv1" else 3) * into + 3 * out  # the layer
-            numbers["maps"] += 5 * out if name != "fc8" else 0  # what follows it: ReLU, with normalisation or without
-            if name in ("conv1", "conv2", "conv5"):
-                pooled += out
-            numbers["weights"] += sum(p.numel() for p in layer.parameters()) * (3 + 5)
-
-        layer.register_forward_hook(count)
-    model(image)
-    smaller = pooled / 4
-    numbers["maps"] += 2 * pooled + 2 * smaller + 2 * smaller * 2
-    return 4 * (numbers["maps"] + numbers["weights"] / batch_size)
+    layers = _measure_layers(recipe, num_classes)
+    maps = sum(3 * layer.num_in + (3 + 5) * layer.num_out for layer in layers.values())
+    maps -= layers["conv1"].num_in + 5 * layers["fc8"].num_out  # no gradient of the images; no ReLU of the logits
+    pooled = sum(layers[name].num_out for name in ("conv1", "conv2", "conv5"))
+    weights = sum(layer.num_weights for layer in layers.values()) * (3 + 5)
+    return 4 * (maps + 2 * pooled + 6 * pooled / 4 + weights / batch_size)
 
 
 class Trainee:
-    """A network in training, as run.py sets one up, and the times of its latest steps' parts."""
+    """A network in training, as the training loop sets one up, and the times of its latest steps' parts."""
 
     def __init__(self, recipe: Recipe, num_classes: int, ranks: Ranks, clock: Clock = time.perf_counter) -> None:
         self.ranks, self.recipe, self._clock = ranks, recipe, clock
@@ -205,7 +196,7 @@ class Trainee:
         self.learner.optimizer.register_step_post_hook(self._mark)
 
     def step(self, batch: Batch) -> None:
-        """What train.py does with a batch."""
+        """What the training loop does with a batch."""
         logits = self.learner.step(batch.images, batch.labels)
         self._sums += count_errors(logits, batch.labels)
 
@@ -235,26 +226,15 @@ def make_batch(trainee: Trainee, num_classes: int) -> Batch:
     """A rank's share of a synthetic batch, on its device and laid out as the loader's: noise of the input's scale."""
     ranks, recipe = trainee.ranks, trainee.recipe
     generator = torch.Generator(ranks.device).manual_seed(ranks.rank)
-    shape = (recipe.global_batch_size // ranks.world_size, 3, INPUT_SIZE_PX, INPUT_SIZE_PX)
+    shape = (recipe.global_batch_size // ranks.world_size, 3, CROP_SIZE_PX, CROP_SIZE_PX)
     images = torch.randn(shape, generator=generator, device=ranks.device)
     images *= 1.0 if recipe.unit_variance else _PIXEL_STD
     labels = torch.randint(num_classes, shape[:1], generator=generator, device=ranks.device)
     return Batch(images.contiguous(memory_format=torch.channels_last), labels)
 
 
-def step_task(trainee: Trainee, batch: Batch) -> Task:
-    """A step trains on the same batch."""
-
-    def run(num_steps: int) -> Work:
-        for _ in range(num_steps):
-            trainee.step(batch)
-        return Work(num_steps * len(batch.labels))
-
-    return Task(run)
-
-
 def train_task(trainee: Trainee, batches: Iterator[Batch], clock: Clock = time.perf_counter) -> Task:
-    """A step waits for the next batch and trains on it, as train.py does."""
+    """A step waits for the next batch and trains on it, as the training loop does."""
 
     def run(num_steps: int) -> Work:
         count, waited_s = 0, 0.0
@@ -267,6 +247,11 @@ def train_task(trainee: Trainee, batches: Iterator[Batch], clock: Clock = time.p
         return Work(count, waited_s)
 
     return Task(run, lead=2)
+
+
+def step_task(trainee: Trainee, batch: Batch) -> Task:
+    """A step trains on the same batch."""
+    return Task(train_task(trainee, itertools.repeat(batch)).run)
 
 
 def product_task(ranks: Ranks, dtype: torch.dtype) -> tuple[int, Task]:

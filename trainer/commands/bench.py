@@ -1,8 +1,4 @@
-"""`alexnet-bench`: flags and words.
-
-The decision that shaped it: as in cli.py, everything is checked before anything heavy is made. Left out: the work, in
-bench_run.py.
-"""
+"""`alexnet-bench`: flags and words. Everything is checked before anything heavy is imported."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,8 +65,8 @@ def command(
     With step, data are synthetic and on the device already. train says what to change.
     Rates alternate in rounds; medians and spread are printed. Several GPUs: the sum over ranks.
     """
-    changes = [f"global_batch_size={global_batch_size}"] if global_batch_size else []
-    recipe = override(RECIPES[recipe_name], [*changes, *settings])
+    changes = [*([f"global_batch_size={global_batch_size}"] if global_batch_size else []), *settings]
+    recipe = override(RECIPES[recipe_name], changes)
     folder = shards if what == "step" else shards or "shards"
     opened = _open_shards(folder) if folder else None
     from pipeline.options import LoaderOptions
@@ -80,14 +76,12 @@ def command(
 
     num_ranks, use_gpu = choose_devices(num_gpus)
     world_size = count_ranks(num_ranks)
-    if opened and what != "step" and not any("global_batch_size" in change for change in [*changes, *settings]):
-        fitted = fit_batch(recipe, opened.num_samples("train"), world_size)
-        if fitted != recipe:
-            console.note(
-                f"{opened.root}: {opened.num_samples('train')} training images, so batches of "
-                f"{fitted.global_batch_size} instead of {recipe.global_batch_size}"
-            )
-        recipe = fitted
+    if opened and what != "step" and not any("global_batch_size" in change for change in changes):
+        num_images, asked = opened.num_samples("train"), recipe.global_batch_size
+        recipe = fit_batch(recipe, num_images, world_size)
+        if recipe.global_batch_size != asked:
+            batches = f"batches of {recipe.global_batch_size} instead of {asked}"
+            console.note(f"{opened.root}: {num_images} training images, so {batches}")
     check_divisible(recipe, world_size)
     loader = LoaderOptions(**choose_loader(num_threads=num_threads, **given))
     job = BenchJob(what, recipe, folder, use_gpu, duration_s, num_rounds, as_json, loader)

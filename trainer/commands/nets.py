@@ -1,8 +1,7 @@
 """`alexnet-eval`, `alexnet-predict`, `alexnet-export`: flags and words of the commands that use a trained net.
 
-The decision that shaped it: as in cli.py, everything is checked before anything heavy is imported. Results go to stdout
-as they come, so that a folder of a million files begins to answer at once. Left out: the work (ensemble.py,
-predict.py, interchange.py).
+Everything is checked before anything heavy is imported. Results go to stdout as they come, so that a folder of a
+million files begins to answer at once.
 """
 
 import sys
@@ -50,9 +49,9 @@ def evaluate(
     """
     if predictions:
         check_target(predictions)
-    from trainer.record.runs import read_whole_config, resolve_run
+    from trainer.record.runs import read_whole_config
 
-    found = [Path(text) if Path(text).is_file() else resolve_run(runs, text) for text in nets]
+    found = [_find_net(runs, text) for text in nets]
     trained_on = [read_whole_config(path)["shards"] for path in found if path.is_dir()]
     num_ranks, use_gpu = choose_devices(num_gpus)
     from pipeline.options import LoaderOptions
@@ -121,9 +120,8 @@ def predict(
     import torch
 
     weights = _find_weights(runs, run, weights_file, checkpoint)
-    predictor = Predictor(
-        weights, crops=crops, device=torch.device("cuda" if use_gpu else "cpu"), num_threads=num_threads
-    )
+    device = torch.device("cuda" if use_gpu else "cpu")
+    predictor = Predictor(weights, crops=crops, device=device, num_threads=num_threads)
     found: list[Prediction] = []
     failed: list[Prediction] = []
     for one in predict_files(paths, predictor):
@@ -139,14 +137,10 @@ def predict(
         write_csv(csv_file, ["image"], [([one.path], one.best) for one in found])
         console.note(f"{csv_file}: {len(found):,} images")
     if as_json:
-        console.print_json(
-            {
-                "weights": weights.source,
-                "crops": crops,
-                "images": [{"image": str(one.path), "classes": [asdict(guess) for guess in one.best]} for one in found],
-                "failures": [{"image": str(one.path), "reason": one.failure} for one in failed],
-            }
-        )
+        images_found = [{"image": str(one.path), "classes": [asdict(guess) for guess in one.best]} for one in found]
+        failures = [{"image": str(one.path), "reason": one.failure} for one in failed]
+        answer = {"weights": weights.source, "crops": crops, "images": images_found, "failures": failures}
+        console.print_json(answer)
     return console.STATUS_FAILED if failed else 0
 
 
@@ -165,27 +159,32 @@ def export(net: str, checkpoint: str, runs: Path, kind: str, out: Path) -> None:
     there. onnx: pixels 0-255 in, logits out.
     """
     check_target(out)
-    from trainer.nets import formats as interchange
-    from trainer.record.runs import resolve_run
+    from trainer.nets import formats
 
-    path = Path(net) if Path(net).is_file() else resolve_run(runs, net)
-    weights = interchange.load_any(path, checkpoint)
+    weights = formats.load_any(_find_net(runs, net), checkpoint)
     said = f"{weights.num_classes} classes"
-    if kind == "safetensors":
-        interchange.save_safetensors(out, weights)
-    elif kind == "torchvision":
-        interchange.save_torchvision(out, weights)
-    elif kind == "caffe":
-        interchange.save_caffe(out, weights)
-    else:
+    if kind == "onnx":
         from trainer.nets.onnx import save_onnx
 
         difference = save_onnx(out, weights)
         said += ", not checked: no onnxruntime" if difference is None else f", onnxruntime within {difference:.1e}"
+    else:
+        {
+            "safetensors": formats.save_safetensors,
+            "torchvision": formats.save_torchvision,
+            "caffe": formats.save_caffe,
+        }[kind](out, weights)
     if kind in ("torchvision", "caffe") and weights.colors:
-        told = interchange.describe_input(weights)
+        told = formats.describe_input(weights)
         console.note(f"input: {told['channels']} {told['values']}, minus {told['mean']}, divided by {told['scale']}")
     console.say(f"{out}: {weights.source}, {said}, {out.stat().st_size:,} bytes")
+
+
+def _find_net(runs: Path, text: str) -> Path:
+    """A file of weights, or the folder of a run. Raises UserError."""
+    from trainer.record.runs import resolve_run
+
+    return Path(text) if Path(text).is_file() else resolve_run(runs, text)
 
 
 def _print_best(what: object, best: "tuple[Guess, ...]") -> None:

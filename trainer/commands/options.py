@@ -1,8 +1,8 @@
-"""Flags that several commands share: shards and runs, devices, feeding, ranks, safety."""
+"""Flags that several commands share: shards and runs, devices, the loader, ranks, safety."""
 
 import os
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +13,7 @@ from pipeline.common.errors import UserError
 from trainer.recipe import Recipe, from_dict
 
 if TYPE_CHECKING:
-    from trainer.config import Safety
-    from trainer.parallel import Parallel
+    from trainer.config import Parallel, Safety
 
 
 SETTINGS = {"help_option_names": ["-h", "--help"], "show_default": True}
@@ -31,35 +30,42 @@ GLOBAL_BATCH_SIZE = click.option("--global-batch-size", type=click.IntRange(min=
                                  help="Images a step, summed over ranks.")  # fmt: skip
 
 
-def add_common_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Those of every command that reads shards and runs."""
-    shards = click.option("--shards", envvar="ALEXNET_SHARDS", show_envvar=True, type=click.Path(),
-                          show_default="the run's own, else ./shards",
-                          help="Folder of shards, or its URL (s3://bucket/prefix).")  # fmt: skip
-    cache_dir = click.option("--cache-dir", envvar="ALEXNET_CACHE", show_envvar=True,
-                             type=click.Path(file_okay=False), show_default="~/.cache/alexnet-dali",
-                             help="Local folder to which shards behind a URL are downloaded.")  # fmt: skip
-    for option in (THREADS, GPUS, cache_dir, RUNS, shards, VERSION):
-        function = option(function)
-    return function
+def _group(*options: Callable[..., Any]) -> Callable[..., Any]:
+    def add(function: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return add
 
 
-def add_feed_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Where images are decoded and kept: all None unless given, so that a resumed run keeps its own."""
-    decode = click.option("--decode", type=click.Choice(["auto", "cpu", "mixed", "hybrid"]), show_default="auto",
-                          help="Decode JPEGs on the CPU's cores, on the GPU (mixed) or on both (hybrid); auto: mixed "
-                               "on a GPU.")  # fmt: skip
-    share = click.option("--host-share", type=click.FloatRange(0, 1), show_default="0.5",
-                         help="With hybrid: the share of each batch that the CPU decodes.")  # fmt: skip
-    load = click.option("--hw-decoder-load", type=click.FloatRange(0, 1), show_default="0.9",
-                        help="Of what the GPU decodes, the share of its JPEG engine.")  # fmt: skip
-    cache = click.option("--cache-gib", type=click.FloatRange(min=0), show_default="0",
-                         help="With mixed: GPU memory in which decoded images are kept, GiB.")  # fmt: skip
-    prefetch = click.option("--prefetch", "prefetch_batches", type=click.IntRange(min=1), show_default="3",
-                            help="Batches made ahead.")  # fmt: skip
-    for option in (prefetch, cache, load, share, decode):
-        function = option(function)
-    return function
+# Of every command that reads shards and runs.
+add_common_options = _group(
+    VERSION,
+    click.option("--shards", envvar="ALEXNET_SHARDS", show_envvar=True, type=click.Path(),
+                 show_default="the run's own, else ./shards",
+                 help="Folder of shards, or its URL (s3://bucket/prefix)."),
+    RUNS,
+    click.option("--cache-dir", envvar="ALEXNET_CACHE", show_envvar=True, type=click.Path(file_okay=False),
+                 show_default="~/.cache/alexnet-dali",
+                 help="Local folder to which shards behind a URL are downloaded."),
+    GPUS,
+    THREADS,
+)  # fmt: skip
+
+# Where images are decoded and kept: all None unless given, so that a resumed run keeps its own.
+add_feed_options = _group(
+    click.option("--decode", type=click.Choice(["auto", "cpu", "mixed", "hybrid"]), show_default="auto",
+                 help="Decode JPEGs on the CPU's cores, on the GPU (mixed) or on both (hybrid); auto: mixed on a GPU."),
+    click.option("--host-share", type=click.FloatRange(0, 1), show_default="0.5",
+                 help="With hybrid: the share of each batch that the CPU decodes."),
+    click.option("--hw-decoder-load", type=click.FloatRange(0, 1), show_default="0.9",
+                 help="Of what the GPU decodes, the share of its JPEG engine."),
+    click.option("--cache-gib", type=click.FloatRange(min=0), show_default="0",
+                 help="With mixed: GPU memory in which decoded images are kept, GiB."),
+    click.option("--prefetch", "prefetch_batches", type=click.IntRange(min=1), show_default="3",
+                 help="Batches made ahead."),
+)  # fmt: skip
 
 
 def read_feeding(config: dict[str, Any]) -> dict[str, Any]:
@@ -70,15 +76,21 @@ def read_feeding(config: dict[str, Any]) -> dict[str, Any]:
 
 def choose_loader(**given: Any) -> dict[str, Any]:
     """Fields of pipeline.LoaderOptions from those flags that were given."""
-    return {name: value for name, value in given.items() if value is not None}
+    from pipeline.options import LoaderOptions
+
+    return _known(LoaderOptions, given)
+
+
+def _known(kind: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """Those of the dataclass's fields that were given."""
+    return {field.name: given[field.name] for field in fields(kind) if given.get(field.name) is not None}
 
 
 def add_rank_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """All None unless given, so that a resumed run keeps its own."""
-    parallel = click.option("--parallel", type=click.Choice(["auto", "data", "columns", "hybrid"]), show_default="data",
+    parallel = click.option("--parallel", type=click.Choice(["data", "columns", "hybrid"]), show_default="data",
                             help="data: each GPU a share of the batch; columns: the paper's two towers; hybrid: "
-                                 "convolutions by batch, the rest by unit; auto: what a model of the link says is "
-                                 "fastest.")  # fmt: skip
+                                 "convolutions by batch, the rest by unit.")  # fmt: skip
     gradients = click.option("--gradients", type=click.Choice(["float32", "bf16"]), show_default="float32",
                              help="How gradients are sent where they are averaged; bf16: half the bytes.")  # fmt: skip
     bucket = click.option("--bucket-mib", type=click.FloatRange(min=0, min_open=True), show_default="25",
@@ -127,39 +139,24 @@ def check_divisible(recipe: Recipe, world_size: int) -> None:
         )
 
 
-def choose_parallel(
-    recipe: Recipe,
-    num_classes: int,
-    world_size: int,
-    *,
-    use_gpu: bool,
-    asked: dict[str, Any],
-    saved: dict[str, Any],
-) -> "Parallel":
-    """What was asked for, else what the run to resume had, else the default; "auto" becomes a mode, and says why.
+def choose_parallel(recipe: Recipe, world_size: int, *, asked: dict[str, Any], saved: dict[str, Any]) -> "Parallel":
+    """What was asked for, else what the run to resume had, else the default.
 
     A saved mode that this number of ranks does not allow becomes data, and says so. Raises UserError for one asked for.
     """
-    from pipeline.common.errors import UserError
-    from trainer.interconnect import CPU, Device, choose, find_link
-    from trainer.parallel import Parallel, check
+    from trainer.config import Parallel
+    from trainer.parallel import check
 
     wanted = {**saved, **{name: value for name, value in asked.items() if value is not None}}
-    says = os.environ.get("RANK", "0") == "0"
     if world_size == 1:
         return Parallel(**{**wanted, "mode": "data"})
-    if wanted.get("mode") == "auto":
-        device = Device() if use_gpu else CPU
-        wanted["mode"], why = choose(recipe, num_classes, world_size, find_link(use_gpu, world_size), device)
-        if says:
-            console.note(why)
     parallel = Parallel(**wanted)
     try:
         check(parallel.mode, recipe, world_size)
     except UserError as error:
         if asked.get("mode") is not None or parallel.mode == "data":
             raise
-        if says:
+        if os.environ.get("RANK", "0") == "0":
             console.note(f"the run had --parallel {parallel.mode}, this one has data ({error})")
         parallel = Parallel(**{**wanted, "mode": "data"})
     return parallel
@@ -167,30 +164,24 @@ def choose_parallel(
 
 AUTO = "auto"  # of --resume
 _FREE = {"name", "epochs"}  # fields of a recipe that may change in the middle of a run
-
-
-def add_safety_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """All None unless given, so that a resumed run keeps its own."""
-    minutes = click.option("--checkpoint-minutes", type=click.FloatRange(min=0), show_default="10",
-                           help="Save after so many minutes within an epoch, too; 0: only at its end.")  # fmt: skip
-    keep = click.option("--keep-checkpoints", type=click.IntRange(min=1), show_default="3",
-                        help="How many of the last checkpoints are kept, besides the best.")  # fmt: skip
-    nonfinite = click.option("--on-nonfinite", type=click.Choice(["stop", "skip"]), show_default="stop",
-                             help="When a loss is not finite: stop, or leave that update out and count.")  # fmt: skip
-    timeout = click.option("--timeout-s", type=click.FloatRange(min=1), show_default="600",
-                           help="End, with what all threads are doing, when nothing moves for so long, s.")  # fmt: skip
-    for option in (timeout, nonfinite, keep, minutes):
-        function = option(function)
-    return function
+# All None unless given, so that a resumed run keeps its own.
+add_safety_options = _group(
+    click.option("--checkpoint-minutes", type=click.FloatRange(min=0), show_default="10",
+                 help="Save after so many minutes within an epoch, too; 0: only at its end."),
+    click.option("--keep-checkpoints", type=click.IntRange(min=1), show_default="3",
+                 help="How many of the last checkpoints are kept, besides the best."),
+    click.option("--on-nonfinite", type=click.Choice(["stop", "skip"]), show_default="stop",
+                 help="When a loss is not finite: stop, or leave that update out and count."),
+    click.option("--timeout-s", type=click.FloatRange(min=1), show_default="600",
+                 help="End, with what all threads are doing, when nothing moves for so long, s."),
+)  # fmt: skip
 
 
 def choose_safety(saved: dict[str, Any], **given: Any) -> "Safety":
     """What was asked for, else what the run to resume had, else the default."""
     from trainer.config import Safety
 
-    known = asdict(Safety())
-    kept = {name: value for name, value in saved.items() if name in known}
-    return Safety(**{**kept, **{name: value for name, value in given.items() if value is not None}})
+    return Safety(**_known(Safety, saved) | _known(Safety, given))
 
 
 def find_begun(runs: Path, name: str) -> Path | None:

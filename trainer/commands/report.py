@@ -1,8 +1,4 @@
-"""`alexnet-report`: flags and words.
-
-The decision that shaped it: as in cli.py, what was asked for is checked before anything heavy is imported, and runs are
-read before anything is drawn. Left out: the work (study.py, report.py, htmlreport.py).
-"""
+"""`alexnet-report`: flags and words."""
 
 from pathlib import Path
 
@@ -45,16 +41,16 @@ def report(
     if out:
         check_target(out)
     from trainer.record.runs import resolve_run
-    from trainer.report.data import read_study
+    from trainer.report.data import read_run
     from trainer.report.page import PAGE, write_page
     from trainer.report.summary import compare, draw, format_summary, summarise
 
     folders = [resolve_run(runs, run) for run in runs_asked]
-    studies = [read_study(folder, shards=shards, num_images=num_images, predictions=predictions) for folder in folders]
-    for study in studies:
-        console.say(format_summary(summarise(study, draw(study))))
-    if len(studies) > 1:
-        console.say("\n".join(f"{'all runs':<12}{path}" for path in compare(studies)))
+    all_data = [read_run(folder, shards=shards, num_images=num_images, predictions=predictions) for folder in folders]
+    for data in all_data:
+        console.say(format_summary(summarise(data, draw(data))))
+    if len(all_data) > 1:
+        console.say("\n".join(f"{'all runs':<12}{path}" for path in compare(all_data)))
     page = out or folders[0] / PAGE
-    write_page(studies, page)
+    write_page(all_data, page)
     console.say(f"{'page':<12}{page}")

@@ -1,9 +1,9 @@
-"""`alexnet-train`: flags and words; and the entry points of all commands about nets (cli_*.py).
+"""`alexnet-train`: its flags become one Job; and the entry points of all commands about nets.
 
-The decision that shaped it: flags become one frozen Job before anything heavy is imported or any folder is made, so
-that `--help` answers at once and a wrong flag costs nothing. Left out: the work; that is in the modules imported below.
+Nothing heavy is imported before the flags are understood: `--help` answers at once.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +29,7 @@ from trainer.commands.options import (
     find_begun,
     read_feeding,
 )
-from trainer.recipe import RECIPES, from_dict, override
+from trainer.recipe import RECIPES, Recipe, from_dict, override
 
 if TYPE_CHECKING:
     from trainer.nets.weights import Weights
@@ -77,23 +77,12 @@ def _train(
     resume: str | None,
     weights_text: str | None,
     settings: tuple[str, ...],
-    decode: str | None,
-    host_share: float | None,
-    hw_decoder_load: float | None,
-    cache_gib: float | None,
-    prefetch_batches: int | None,
-    parallel: str | None,
-    gradients: str | None,
-    bucket_mib: float | None,
     max_restarts: int,
     restart_epoch: bool,
     quiet: bool,
     json_logs: bool,
     tensorboard: bool | None,
-    checkpoint_minutes: float | None,
-    keep_checkpoints: int | None,
-    on_nonfinite: str | None,
-    timeout_s: float | None,
+    **flags: Any,
 ) -> int:
     """Train AlexNet on shards, as the 2012 paper did.
 
@@ -104,11 +93,15 @@ def _train(
         raise click.UsageError("--quiet and --json-logs contradict each other; leave out one of them")
     voice: console.Voice = "quiet" if quiet else "json" if json_logs else "words"
     console.set_voice(voice)
-    from trainer.record.runs import read_whole_config
+    from trainer.record.runs import find_run, read_whole_config, resolve_run
 
-    given = {"epochs": epochs, "global_batch_size": global_batch_size, "lr": lr}
-    changes = [f"{field}={value}" for field, value in given.items() if value is not None] + list(settings)
-    folder, weights_path, weights = None, None, None
+    of_recipe = {"epochs": epochs, "global_batch_size": global_batch_size, "lr": lr}
+    given: dict[str, Any] = {field: value for field, value in of_recipe.items() if value is not None}
+
+    def change(recipe: Recipe) -> Recipe:
+        return override(replace(recipe, **given), settings)
+
+    folder, weights_path = None, None
     config: dict[str, Any] = {}
     if restart_epoch and not resume:
         raise click.UsageError("--restart-epoch needs --resume: it goes back to the end of a run's last whole epoch")
@@ -118,24 +111,22 @@ def _train(
         clash = [flag for flag, value in fixed.items() if value is not None]
         if clash:
             raise click.UsageError(f"--resume goes on with the run's own settings; leave out {', '.join(clash)}")
-        folder = _find_run(runs, resume, name or "paper")
+        folder = find_run(runs, name or "paper") if resume == _NEWEST else resolve_run(runs, resume)
         config = read_whole_config(folder)
-        recipe, seed = from_dict(config["recipe"]), config["seed"]
+        recipe, seed = change(from_dict(config["recipe"])), config["seed"]
+    elif weights_text:
+        weights_path, weights = _read_weights(runs, weights_text)
+        recipe = change(RECIPES[recipe_name] if recipe_name else weights.recipe)
+        from trainer.nets.finetune import check_fits
+
+        check_fits(recipe, weights)  # before any rank starts
+        del weights
     else:
-        recipe = RECIPES[recipe_name or "paper"]
-        if weights_text:
-            weights_path, weights = _read_weights(runs, weights_text)
-            recipe = RECIPES[recipe_name] if recipe_name else weights.recipe
-    recipe = override(recipe, changes)
+        recipe = change(RECIPES[recipe_name or "paper"])
     if resume == AUTO and (folder := find_begun(runs, name or recipe.name)):
         config = read_whole_config(folder)
         check_same(folder, config, recipe, seed or 0, weights_path is not None)
     shards = shards or config.get("shards", "shards")
-    if weights:
-        from trainer.nets.finetune import check_fits
-
-        check_fits(recipe, weights)  # before any rank starts
-        weights = None
 
     from pipeline.colors import ColorStats
     from pipeline.options import LoaderOptions
@@ -148,18 +139,15 @@ def _train(
     from trainer.launch import launch, run_as_rank
     from trainer.train import run_rank
 
-    loader = read_feeding(config) | choose_loader(
-        decode=decode, host_share=host_share, hw_decoder_load=hw_decoder_load, prefetch_batches=prefetch_batches,
-        cache_gib=cache_gib, num_threads=num_threads,
-    )  # fmt: skip
+    loader = read_feeding(config) | choose_loader(num_threads=num_threads, **flags)
 
-    from trainer.report.tensorboard import is_wanted
+    from trainer.report.tensorboard import is_wanted, open_board
 
-    write_events = is_wanted(tensorboard)
+    board = open_board if is_wanted(tensorboard) else None
     num_ranks, use_gpu = choose_devices(num_gpus)
     world_size = count_ranks(num_ranks)
     check_divisible(recipe, world_size)
-    asked = {"mode": parallel, "gradients": gradients, "bucket_mib": bucket_mib}
+    asked = {"mode": flags["parallel"], "gradients": flags["gradients"], "bucket_mib": flags["bucket_mib"]}
     job = Job(
         shards=shards,
         runs=runs,
@@ -171,25 +159,16 @@ def _train(
         weights=weights_path,
         cache_dir=cache_dir,
         loader=LoaderOptions(**loader),
-        parallel=choose_parallel(
-            recipe, opened.num_classes, world_size, use_gpu=use_gpu, asked=asked, saved=config.get("parallel", {})
-        ),
+        parallel=choose_parallel(recipe, world_size, asked=asked, saved=config.get("parallel", {})),
         restart_epoch=restart_epoch,
         voice=voice,
-        tensorboard=write_events,
         or_new=resume == AUTO,
-        safety=choose_safety(
-            config.get("safety", {}),
-            checkpoint_minutes=checkpoint_minutes,
-            keep_checkpoints=keep_checkpoints,
-            on_nonfinite=on_nonfinite,
-            timeout_s=timeout_s,
-        ),
+        safety=choose_safety(config.get("safety", {}), **flags),
     )
     opened.fetch("train", "val")  # here, where a signal ends it at once and nobody waits for a step
     if under_launcher():
-        return run_as_rank(run_rank, job)
-    return launch(run_rank, (job,), num_ranks, max_restarts) if num_ranks > 1 else run_rank(job)
+        return run_as_rank(run_rank, job, board)
+    return launch(run_rank, (job, board), num_ranks, max_restarts) if num_ranks > 1 else run_rank(job, board)
 
 
 def _read_weights(runs: Path, text: str) -> "tuple[Path, Weights]":
@@ -201,12 +180,6 @@ def _read_weights(runs: Path, text: str) -> "tuple[Path, Weights]":
     return path.absolute(), load_any(path, is_completed=False)
 
 
-def _find_run(runs: Path, resume: str, name: str) -> Path:
-    from trainer.record.runs import find_run, resolve_run
-
-    return find_run(runs, name) if resume == _NEWEST else resolve_run(runs, resume)
-
-
 def train() -> None:
     """The script alexnet-train."""
     console.run(_train)
@@ -214,30 +187,30 @@ def train() -> None:
 
 def evaluate() -> None:
     """The script alexnet-eval."""
-    from trainer.commands.nets import evaluate
+    from trainer.commands.nets import evaluate as command
 
-    console.run(evaluate)
+    console.run(command)
 
 
 def report() -> None:
     """The script alexnet-report."""
-    from trainer.commands.report import report
+    from trainer.commands.report import report as command
 
-    console.run(report)
+    console.run(command)
 
 
 def export() -> None:
     """The script alexnet-export."""
-    from trainer.commands.nets import export
+    from trainer.commands.nets import export as command
 
-    console.run(export)
+    console.run(command)
 
 
 def predict() -> None:
     """The script alexnet-predict."""
-    from trainer.commands.nets import predict
+    from trainer.commands.nets import predict as command
 
-    console.run(predict)
+    console.run(command)
 
 
 def bench() -> None:

@@ -1,1 +1,1 @@
-"""Local response normalisation and the update rule in one pass over memory: C on the CPU, Triton on a GPU."""
+"""Local response normalisation in one pass over memory: C on the CPU, Triton on a GPU."""

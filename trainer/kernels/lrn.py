@@ -1,14 +1,12 @@
 """Local response normalisation: across maps (paper, section 3.3) and, in the released source, across space too.
 
-The decision that shaped it: it is bound by memory, so that whatever is done to a value is done while it is near: the
-ReLU before it is taken along, forward and backward are one pass each, and nothing is kept but the input. Three ways to
-the same numbers: native.c on the CPU, lrn_triton.py on a GPU, and torch's operations, a block at a time, everywhere
-else. Left out: second derivatives.
-
+It is bound by memory, so the ReLU before it is part of it, and nothing is kept for the backward pass but the input.
+Three ways to the same numbers: native.c on the CPU, lrn_triton.py on a GPU, torch's operations everywhere else.
 P = Krizhevsky, Sutskever & Hinton, NIPS 2012, with the section; S = the 2012 source released in 2025, net 145.
 """
 
 import importlib.util
+from collections.abc import Callable
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -51,7 +49,7 @@ def local_response_norm(
     rows = maps_last.reshape(-1, x.shape[1] // num_towers)  # a tower of a pixel is a row: windows end with their tower
     norm = Norm(k, n, alpha / n if alpha_over_n else alpha, beta, relu)
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        normalised = _plain(rows, norm)
+        normalised = _forward(rows, norm)
     else:
         normalised = _LocalResponseNorm.apply(rows, norm)
     return normalised.view(maps_last.shape).permute(0, 3, 1, 2)
@@ -75,21 +73,25 @@ class _LocalResponseNorm(torch.autograd.Function):
         rows = rows.contiguous()
         ctx.save_for_backward(rows)
         ctx.norm = norm
-        if rows.is_cuda and (kernels := load_triton()) and kernels.can_normalise(rows, norm):
-            return kernels.lrn_forward(rows, norm)
-        if Native.can_normalise(rows, norm) and (native := load_native()):
-            return native.lrn_forward(rows, norm)
-        return _forward_in_blocks(rows, norm)
+        kernels = _find_kernels(rows, norm)
+        return kernels.lrn_forward(rows, norm) if kernels else _in_blocks(_forward, norm, rows)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         (rows,), norm, gradient = ctx.saved_tensors, ctx.norm, gradient.contiguous()
-        if rows.is_cuda and (kernels := load_triton()) and kernels.can_normalise(rows, norm):
+        kernels = _find_kernels(rows, norm)
+        if kernels:
             return kernels.lrn_backward(rows, gradient, norm), None
-        if Native.can_normalise(rows, norm) and (native := load_native()):
-            return native.lrn_backward(rows, gradient, norm), None
-        return _backward_in_blocks(rows, gradient, norm), None
+        return _in_blocks(_backward, norm, rows, gradient), None
+
+
+def _find_kernels(rows: Tensor, norm: Norm) -> Any:
+    """What has lrn_forward and lrn_backward for rows and constants like these; None: torch's operations do it."""
+    if rows.is_cuda:
+        triton = load_triton()
+        return triton if triton and triton.can_normalise(rows, norm) else None
+    return load_native() if Native.can_normalise(rows, norm) else None
 
 
 @cache
@@ -102,9 +104,9 @@ def load_triton(device: str = "cuda") -> ModuleType | None:
     try:
         from trainer.kernels import lrn_triton
 
-        torch.testing.assert_close(lrn_triton.lrn_forward(rows, norm), _forward_in_blocks(rows, norm))
+        torch.testing.assert_close(lrn_triton.lrn_forward(rows, norm), _forward(rows, norm))
         found = lrn_triton.lrn_backward(rows, gradient, norm)
-        torch.testing.assert_close(found, _backward_in_blocks(rows, gradient, norm), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(found, _backward(rows, gradient, norm), rtol=1e-4, atol=1e-4)
     except Exception as error:  # noqa: BLE001 - a compiler fails in its own ways; without one the result is the same
         reason = str(error).strip().split("\n")[0]
         note(f"Triton cannot be used for LRN, torch's operations are slower ({type(error).__name__}: {reason})")
@@ -112,78 +114,43 @@ def load_triton(device: str = "cuda") -> ModuleType | None:
     return lrn_triton
 
 
-def _plain(rows: Tensor, norm: Norm) -> Tensor:
-    """The same in operations that compile, export and differentiate by themselves."""
-    a = rows.to(torch.promote_types(rows.dtype, torch.float32))
-    a = torch.relu(a) if norm.relu else a
-    squares = functional.pad(a * a, (norm.n // 2, norm.n // 2))
-    num_maps = rows.shape[1]
-    total = squares[:, :num_maps]
-    for shift in range(1, norm.n):
-        total = total + squares[:, shift : shift + num_maps]
-    return (a / _power(norm.k + norm.scale * total, norm.beta)).to(rows.dtype)
+def _forward(rows: Tensor, norm: Norm) -> Tensor:
+    """b = a / s^beta with s = k + scale * window(a^2), in operations that compile, export and differentiate."""
+    a = _read(rows, norm)
+    return (a / _power(norm.k + norm.scale * _sum_windows(a * a, norm.n), norm.beta)).to(rows.dtype)
 
 
-def _forward_in_blocks(rows: Tensor, norm: Norm) -> Tensor:
-    """b = a / s^beta with s = k + scale * window(a^2)."""
-    result = torch.empty_like(rows)
-    window = _Window(rows, norm.n)
-    for block, out in zip(window.split(rows), window.split(result), strict=True):
-        a = _read(block, norm, window.dtype)
-        s = window.sum_products(a, a).mul_(norm.scale).add_(norm.k)
-        torch.div(a, window.maps(_power(s, norm.beta)), out=out)  # rounds once, to the maps' own dtype
-    return result
-
-
-def _backward_in_blocks(rows: Tensor, gradient: Tensor, norm: Norm) -> Tensor:
+def _backward(rows: Tensor, gradient: Tensor, norm: Norm) -> Tensor:
     """With e the incoming gradient and t = e / s^beta: da = t - 2 * scale * beta * a * window(t * a / s)."""
-    result = torch.empty_like(rows)
-    window = _Window(rows, norm.n)
-    for block, e, out in zip(*map(window.split, (rows, gradient, result)), strict=True):
-        a = _read(block, norm, window.dtype)
-        s = window.sum_products(a, a).mul_(norm.scale).add_(norm.k)
-        t = e.to(window.dtype) / window.maps(_power(s, norm.beta))
-        sums = window.maps(window.sum_products(a / window.maps(s), t))
-        torch.addcmul(t, a, sums, value=-2.0 * norm.scale * norm.beta, out=out)
-        if norm.relu:
-            out.masked_fill_(block <= 0, 0)
-    return result
+    a = _read(rows, norm)
+    s = norm.k + norm.scale * _sum_windows(a * a, norm.n)
+    t = gradient.to(a.dtype) / _power(s, norm.beta)
+    found = t - 2.0 * norm.scale * norm.beta * a * _sum_windows(t * a / s, norm.n)
+    return (found.masked_fill(rows <= 0, 0) if norm.relu else found).to(rows.dtype)
 
 
-def _read(block: Tensor, norm: Norm, dtype: torch.dtype) -> Tensor:
-    a = block.to(dtype)
+def _read(rows: Tensor, norm: Norm) -> Tensor:
+    a = rows.to(torch.promote_types(rows.dtype, torch.float32))
     return a.relu() if norm.relu else a
 
 
-class _Window:
-    """Sums over n neighbouring maps, for blocks of rows that stay in the cache (on a GPU: all rows at once).
+def _sum_windows(x: Tensor, n: int) -> Tensor:
+    """Sums over n neighbouring maps, zeros beyond the row's ends."""
+    padded = functional.pad(x, (n // 2, n // 2))
+    total = padded[:, : x.shape[1]]
+    for shift in range(1, n):
+        total = total + padded[:, shift : shift + x.shape[1]]
+    return total
 
-    The rows of a block stand in one flat buffer with n // 2 zeros between them, so that n - 1 shifted adds of the whole
-    buffer are the sums of all rows. Sums stay in that layout, contiguous, because roots of strided tensors are slow;
-    `maps` takes them out of it. Sixteen-bit rows are summed in float32.
-    """
 
-    def __init__(self, rows: Tensor, n: int) -> None:
-        num_rows, self._num_maps = rows.shape
-        self.dtype = torch.promote_types(rows.dtype, torch.float32)
-        self._num_rows = max(1, num_rows if rows.is_cuda else min(num_rows, _BLOCK_ELEMENTS // self._num_maps))
-        self._n, self._stride = n, self._num_maps + n // 2
-        self._flat = rows.new_zeros(self._num_rows * self._stride + 2 * (n // 2), dtype=self.dtype)
-
-    def split(self, rows: Tensor) -> tuple[Tensor, ...]:
-        return rows.split(self._num_rows)
-
-    def sum_products(self, x: Tensor, y: Tensor) -> Tensor:
-        """Window sums of x * y for a block (R, maps), in a new flat tensor: view it with `maps`."""
-        half, length = self._n // 2, len(x) * self._stride
-        torch.mul(x, y, out=self.maps(self._flat[half : half + length]))
-        total = self._flat[:length] + self._flat[1 : length + 1]
-        for shift in range(2, self._n):
-            total += self._flat[shift : shift + length]
-        return total
-
-    def maps(self, flat: Tensor) -> Tensor:
-        return flat.view(-1, self._stride)[:, : self._num_maps]
+def _in_blocks(function: Callable[..., Tensor], norm: Norm, *tensors: Tensor) -> Tensor:
+    """`function` of some rows at a time, whose temporaries stay in a core's cache; on a GPU of all."""
+    rows = tensors[0]
+    size = max(1, len(rows) if rows.is_cuda else _BLOCK_ELEMENTS // rows.shape[1])
+    result = torch.empty_like(rows)
+    for *block, out in zip(*(x.split(size) for x in (*tensors, result)), strict=True):
+        out.copy_(function(*block, norm))
+    return result
 
 
 def _power(s: Tensor, beta: float) -> Tensor:

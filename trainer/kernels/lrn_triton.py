@@ -1,10 +1,7 @@
 """Local response normalisation on a GPU: Triton kernels, the ReLU before it included, one forward and one backward.
 
-The decision that shaped it: a value's neighbours are read again instead of kept. They lie in the nearest cache, so that
-each pass reads its input from memory once and writes its result once, and the backward pass needs no second kernel.
-Triton is imported here and nowhere else: lrn.py imports this module where there is one. Triton's compiler reads the
-kernels' annotations, and takes none but its own. Left out: windows other than the paper's 5 and powers other than 0.75,
-which take torch's way.
+A value's neighbours are read again, from the nearest cache, so the backward pass is one kernel. Triton's compiler reads
+the kernels' annotations, and takes none but its own.
 """
 
 import torch

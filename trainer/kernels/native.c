@@ -1,4 +1,4 @@
-/* What torch does in many passes over memory, in one: ReLU with local response normalisation, and the update rule.
+/* ReLU with local response normalisation, forward and backward, each in one pass over memory, where torch takes many.
 
    Rows are the maps of one tower at one pixel (channels last): windows end with their row. float32 arithmetic, maps as
    float32 or bfloat16. Threads are those of torch's own OpenMP: the library is linked without one and finds torch's. */
@@ -140,20 +140,5 @@ void lrn_backward(const Lrn *lrn, const void *x, const void *gradient, void *out
                     t[i] = a[i] == 0 ? 0 : t[i];
             store(out, t, start * maps, num, lrn->bf16);
         }
-    }
-}
-
-/* v = momentum * v - decay_lr * w - lr * g; w = w + v: each step rounded as torch's kernels round it (fused) */
-void update(float *weight, float *velocity, const float *gradient, ptrdiff_t num, float lr, float momentum,
-            float decay_lr, int num_threads)
-{
-#pragma omp parallel for num_threads(num_threads) schedule(static)
-    for (ptrdiff_t i = 0; i < num; i++) {
-        float v = momentum * velocity[i];
-        if (decay_lr != 0)
-            v = fmaf(-decay_lr, weight[i], v);
-        v = fmaf(-lr, gradient[i], v);
-        velocity[i] = v;
-        weight[i] += v;
     }
 }

@@ -1,12 +1,6 @@
-"""native.c, compiled for this machine's processor: LRN and the update rule in one pass each over memory, on the CPU.
-
-The decision that shaped it: a faster way to what torch does in many passes, never needed: lrn.py and optim.py do
-without it where there is no C compiler, and tests hold both against the oracle. Left out: 16-bit floats other than
-bfloat16, float64 and powers other than the paper's 0.75, which take torch's way; GPUs (lrn_triton.py).
-"""
+"""native.c, compiled for this machine's processor: ReLU with LRN on the CPU; and how the process keeps freed memory."""
 
 import ctypes
-from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -44,13 +38,9 @@ class Native:
     """The library's functions on tensors. All are contiguous and on the CPU; rows (R, maps) float32 or bfloat16."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
-        self._forward, self._backward, self._update = library.lrn_forward, library.lrn_backward, library.update
+        self._forward, self._backward = library.lrn_forward, library.lrn_backward
         for function, num_tensors in ((self._forward, 2), (self._backward, 3)):
             function.argtypes, function.restype = [ctypes.POINTER(_Lrn), *[ctypes.c_void_p] * num_tensors], None
-        self._update.argtypes = [
-            *[ctypes.c_void_p] * 3, ctypes.c_ssize_t, *[ctypes.c_float] * 3, ctypes.c_int
-        ]  # fmt: skip
-        self._update.restype = None
 
     @staticmethod
     def can_normalise(rows: Tensor, norm: Norm) -> bool:
@@ -72,24 +62,6 @@ class Native:
         out = torch.empty_like(rows)
         self._backward(ctypes.byref(_describe(rows, norm)), rows.data_ptr(), gradient.data_ptr(), out.data_ptr())
         return out
-
-    @staticmethod
-    def can_update(tensors: Sequence[Tensor]) -> bool:
-        """Whether weight, velocity and gradient are float32 on the CPU and lie in memory alike, without gaps."""
-        return all(
-            t.device.type == "cpu"
-            and t.dtype == torch.float32
-            and t.stride() == tensors[0].stride()
-            and (t.is_contiguous() or t.is_contiguous(memory_format=torch.channels_last))
-            for t in tensors
-        )
-
-    def update(
-        self, weight: Tensor, velocity: Tensor, gradient: Tensor, lr: float, momentum: float, decay_lr: float
-    ) -> None:
-        """v = momentum * v - decay_lr * w - lr * g; w = w + v, in place, to the bits of torch's own kernels."""
-        pointers = (t.data_ptr() for t in (weight, velocity, gradient))
-        self._update(*pointers, weight.numel(), lr, momentum, decay_lr, torch.get_num_threads())
 
 
 def _describe(rows: Tensor, norm: Norm) -> _Lrn:

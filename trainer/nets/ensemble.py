@@ -1,9 +1,7 @@
 """Errors of trained nets on the same validation images, and of the average of their softmax outputs (P 6: "5 CNNs").
 
-The decision that shaped it: every rank keeps the outputs of its own part of the images, in the loaders' fixed order, so
-that nets are averaged image by image without anything but counts and best classes crossing ranks. What is predicted is
-put in order by key and counted before anything is written. Left out: crops and counting of one net (evaluate.py), words
-(cli_nets.py).
+Every rank keeps the outputs of its own images in the loaders' order, which is fixed, so that nets are averaged image by
+image and nothing but counts and best classes crosses ranks.
 """
 
 import json
@@ -18,11 +16,12 @@ from torch import Tensor
 
 from pipeline.common.console import print_json
 from pipeline.common.errors import UserError
+from pipeline.images.imagenet import load_ilsvrc2012
 from pipeline.manifest import KEY_DIGITS
 from pipeline.options import LoaderOptions
 from pipeline.shards import ShardSet
 from trainer.distributed import Ranks, gather, join, reduce_sum
-from trainer.evaluate import Crops, Errors, choose_dtype, count_errors, evaluate, make_eval_loader, to_errors
+from trainer.evaluate import Crops, Errors, Keep, choose_dtype, count_errors, evaluate, make_eval_loader, to_errors
 from trainer.nets.formats import load_any
 from trainer.nets.predict import Guess, find_best
 from trainer.nets.tables import print_errors, write_csv
@@ -57,6 +56,7 @@ class Answer:
 
 
 Found = dict[Crops, Errors]
+_Batches = list[tuple[Tensor, Tensor, Tensor]]  # softmax outputs (B, classes), labels (B,), keys (B,), on the CPU
 
 
 def run_rank(job: Job) -> int:
@@ -81,7 +81,9 @@ def run_rank(job: Job) -> int:
         if job.as_json:
             print_json(results[0] if averaged is None else {"runs": results, "average": averaged})
         else:
-            print_errors(results, averaged, is_ilsvrc2012=_is_ilsvrc2012(shards))
+            wnids = [entry.wnid for entry in shards.manifest.classes]
+            is_ilsvrc2012 = wnids == list(load_ilsvrc2012()) and shards.num_samples("val") == 50_000
+            print_errors(results, averaged, is_ilsvrc2012=is_ilsvrc2012)
     return 0
 
 
@@ -106,19 +108,58 @@ def evaluate_nets(
     average: Found = {}
     answers: list[Answer] = []
     for crops, _ in VIEWS:
-        outputs = _Outputs()
-        for number, weights in enumerate(nets):
+        batches: _Batches = []
+        for weights, errors in zip(nets, found, strict=True):
             assert weights.colors is not None  # `complete` saw to that
             loader = make_eval_loader(shards, weights.colors, weights.recipe, ranks, crops, options)
             model, dtype = make_net(weights, ranks.device), choose_dtype(weights.recipe.precision, ranks.device)
             is_kept = len(nets) > 1 or (with_answers and crops == "ten")
-            keep = outputs.begin() if is_kept else None
-            found[number][crops] = evaluate(model, loader, ranks, dtype, num_images, keep)
+            keep = _add_to(batches) if is_kept else None
+            errors[crops] = evaluate(model, loader, ranks, dtype, num_images, keep)
+        for outputs, _, _ in batches:
+            outputs.div_(len(nets)).log_()
         if len(nets) > 1:
-            average[crops] = to_errors(reduce_sum(outputs.count().to(ranks.device), ranks), num_images)
+            counts = sum((count_errors(*batch[:2]) for batch in batches), torch.zeros(4, dtype=torch.float64))
+            average[crops] = to_errors(reduce_sum(counts.to(ranks.device), ranks), num_images)
         if with_answers and crops == "ten":
-            answers = _gather_answers(outputs, nets[0], ranks, num_images)
+            answers = _gather_answers(batches, nets[0], ranks, num_images)
     return found, average or None, answers
+
+
+def _add_to(batches: _Batches) -> Keep:
+    """What takes one net's outputs, a batch each, and adds them to those of the nets before it."""
+    before = iter(batches.copy())
+
+    def keep(log_outputs: Tensor, labels: Tensor, keys: Tensor) -> None:
+        outputs = log_outputs.exp().cpu()
+        kept = next(before, None)
+        if kept is None:
+            batches.append((outputs, labels.cpu(), keys.cpu()))
+        else:
+            kept[0].add_(outputs)
+
+    return keep
+
+
+def _gather_answers(batches: _Batches, net: Weights, ranks: Ranks, num_images: int) -> list[Answer]:
+    mine = [
+        Answer(key, label, find_best(row, net.classes))
+        for outputs, labels, keys in batches
+        for row, label, key in zip(outputs, labels.tolist(), keys.tolist(), strict=True)
+    ]
+    answers = sorted((answer for part in gather(mine, ranks) for answer in part), key=lambda answer: answer.key)
+    if len({answer.key for answer in answers}) != num_images or len(answers) != num_images:
+        raise UserError(f"predicted {len(answers)} images, expected {num_images}, each once; check the shards' indices")
+    return answers if ranks.is_first else []
+
+
+def _write_answers(path: Path, answers: list[Answer], shards: ShardSet) -> None:
+    sources, wnids = read_sources(shards), [entry.wnid for entry in shards.manifest.classes]
+    rows = [
+        ([f"{one.key:0{KEY_DIGITS}d}", sources.get(one.key, ""), one.label, wnids[one.label]], one.best)
+        for one in answers
+    ]
+    write_csv(path, ["key", "source", "label", "label_wnid"], rows)
 
 
 def check_belongs(weights: Weights, shards: ShardSet) -> None:
@@ -151,62 +192,6 @@ def summarise(found: Found) -> dict[str, Any]:
     return result
 
 
-class _Outputs:
-    """The sum of several nets' softmax outputs for this rank's images, in the loaders' order, in host memory."""
-
-    def __init__(self) -> None:
-        self.keys: list[int] = []
-        self.labels: list[Tensor] = []
-        self._sums: list[Tensor] = []
-        self._num_nets = 0
-
-    def begin(self) -> "_Outputs":
-        """For the next net's outputs."""
-        self._num_nets, self._next = self._num_nets + 1, 0
-        return self
-
-    def __call__(self, log_outputs: Tensor, labels: Tensor, keys: Tensor) -> None:
-        probabilities = log_outputs.exp().cpu()
-        if self._num_nets == 1:
-            self._sums.append(probabilities)
-            self.labels.append(labels.cpu())
-            self.keys += keys.tolist()
-        else:
-            self._sums[self._next] += probabilities
-            self._next += 1
-
-    def average(self) -> list[Tensor]:
-        """Log of the mean outputs, a batch each."""
-        return [(total / self._num_nets).log() for total in self._sums]
-
-    def count(self) -> Tensor:
-        """As count_errors."""
-        zero = torch.zeros(4, dtype=torch.float64)
-        return sum((count_errors(*pair) for pair in zip(self.average(), self.labels, strict=True)), zero)
-
-
-def _gather_answers(outputs: _Outputs, net: Weights, ranks: Ranks, num_images: int) -> list[Answer]:
-    best = [find_best(row, net.classes) for batch in outputs.average() for row in batch]
-    labels = [int(label) for batch in outputs.labels for label in batch]
-    mine = [Answer(*values) for values in zip(outputs.keys, labels, best, strict=True)]
-    answers = sorted((answer for part in gather(mine, ranks) for answer in part), key=lambda answer: answer.key)
-    if len({answer.key for answer in answers}) != num_images or len(answers) != num_images:
-        raise UserError(f"predicted {len(answers)} images, expected {num_images}, each once; check the shards' indices")
-    return answers if ranks.is_first else []
-
-
-def _write_answers(path: Path, answers: list[Answer], shards: ShardSet) -> None:
-    sources, classes = read_sources(shards), shards.manifest.classes
-    rows = (
-        (
-            [f"{answer.key:0{KEY_DIGITS}d}", sources.get(answer.key, ""), answer.label, classes[answer.label].wnid],
-            answer.best,
-        )
-        for answer in answers
-    )
-    write_csv(path, ["key", "source", "label", "label_wnid"], rows)
-
-
 def read_sources(shards: ShardSet, split: str = "val") -> dict[int, str]:
     """The source of each sample by its key, as far as the shards' records tell; a set without records gives none."""
     sources: dict[int, str] = {}
@@ -225,11 +210,3 @@ def _log_ten_crops(net: Weights, run: Path, found: Found) -> None:
         step, epoch = net.step
         with MetricsLog.open(run / METRICS, sys.maxsize) as log:
             log.eval(step=step, epoch=epoch, crops="ten", **asdict(found["ten"]))
-
-
-def _is_ilsvrc2012(shards: ShardSet) -> bool:
-    """Whether these are the images that the paper's errors are of."""
-    from pipeline.images.imagenet import load_ilsvrc2012
-
-    wnids = [entry.wnid for entry in shards.manifest.classes]
-    return wnids == list(load_ilsvrc2012()) and shards.num_samples("val") == 50_000

@@ -1,8 +1,7 @@
 """Training that starts from a trained net: fine-tuning on one's own classes.
 
-The decision that shaped it: every layer is taken as it is, and none is cut to fit; only fc8, whose rows are classes, is
-left as freshly drawn where the classes are others. What the net was is recorded, so that a run tells its origin; its
-colours are those of the new shards. Left out: other rates for other layers, and freezing.
+Every layer is taken as it is and none is cut to fit; only fc8, whose rows are classes, stays as freshly drawn where the
+classes are others.
 """
 
 import hashlib
@@ -15,11 +14,9 @@ import torch
 from pipeline.common.errors import UserError
 from pipeline.manifest import ClassEntry
 from trainer.model import AlexNet
-from trainer.nets.formats import describe_function
+from trainer.nets.formats import compare_functions
 from trainer.nets.weights import Weights, expected_shapes, find_misfits
 from trainer.recipe import Recipe
-
-_INPUT = ("mean", "unit_variance")
 
 
 @dataclass(frozen=True)
@@ -44,8 +41,11 @@ class Start:
 
 def check_fits(recipe: Recipe, weights: Weights) -> None:
     """Raises UserError naming the layers that a net of `recipe` has in another shape, fc8 left aside."""
-    shapes = {n: s for n, s in expected_shapes(recipe, weights.num_classes).items() if not n.startswith("fc8.")}
-    wrong = find_misfits({n: t for n, t in weights.state.items() if not n.startswith("fc8.")}, shapes)
+    found, shapes = dict(weights.state), expected_shapes(recipe, weights.num_classes)
+    for name in ("fc8.weight", "fc8.bias"):
+        found.pop(name, None)
+        shapes.pop(name)
+    wrong = find_misfits(found, shapes)
     if wrong:
         raise UserError(
             f"{weights.source}: {'; '.join(wrong[:4])}; it is a net of recipe {weights.recipe.name}, width "
@@ -74,9 +74,8 @@ def start_from(model: AlexNet, weights: Weights, classes: Sequence[ClassEntry]) 
 
 def find_differences(ours: Recipe, theirs: Recipe) -> list[str]:
     """The fields in which `theirs` computes another function of pixels, as "field=value"."""
-    pairs = [{**describe_function(recipe), **{f: getattr(recipe, f) for f in _INPUT}} for recipe in (ours, theirs)]
-    fields = [field for field in {**pairs[0], **pairs[1]} if pairs[0].get(field) != pairs[1].get(field)]
-    return [f"{field}={pairs[1].get(field)}" for field in fields]
+    differences = compare_functions(ours, theirs, also=("mean", "unit_variance"))
+    return [f"{field}={value}" for field, (_, value) in differences.items()]
 
 
 def hash_file(path: Path) -> str:

@@ -12,6 +12,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from safetensors import safe_open
+from safetensors.torch import save
 from torch import Tensor
 
 from pipeline.colors import ColorStats
@@ -19,9 +22,10 @@ from pipeline.common.errors import UserError
 from pipeline.common.files import write_atomic
 from pipeline.images.imagenet import load_ilsvrc2012
 from pipeline.manifest import IMAGE_SIZE_PX, ClassEntry
+from pipeline.options import CROP_SIZE_PX
 from pipeline.shards import ShardSet
 from trainer import checkpoint
-from trainer.nets.weights import Classes, Weights, check, list_classes, load_checkpoint, load_run, parse_classes
+from trainer.nets.weights import Weights, check, list_classes, load_checkpoint, load_run, parse_classes
 from trainer.recipe import RECIPES, Recipe, from_dict, to_dict
 from trainer.record.runs import CONFIG
 
@@ -39,22 +43,24 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise UserError(f"{path}: cannot be read ({error.strerror or error}); name a file of weights") from error
     if not 9 <= size <= MAX_BYTES:
         raise UserError(f"{path}: {size:,} bytes, expected the weights of an AlexNet (at most {MAX_BYTES >> 30} GiB)")
+    if head.startswith(_NPY):
+        raise UserError(
+            f"{path}: a NumPy array (.npy), in which lists of blobs are pickled, so it may hold code; expected an "
+            ".npz of arrays. If you trust it: d = np.load(FILE, allow_pickle=True, encoding='latin1').item(); "
+            "np.savez('alexnet.npz', **{k + c: a for k, v in d.items() for c, a in zip(('_w', '_b'), v)})"
+        )
     try:
+        if head[8:] == b"{" and int.from_bytes(head[:8], "little") < size:
+            with safe_open(path, framework="pt") as safe:
+                return {name: safe.get_tensor(name) for name in safe.keys()}, safe.metadata() or {}  # noqa: SIM118
         if head.startswith(b"PK"):
             with zipfile.ZipFile(path) as archive:
                 members = archive.infolist()
             if sum(member.file_size for member in members) > MAX_BYTES:
                 raise UserError(f"{path}: unpacks to more than {MAX_BYTES >> 30} GiB, which no AlexNet has")
             if all(member.filename.endswith(".npy") for member in members):
-                return _read_npz(path), {}
-        elif head[8:] == b"{" and int.from_bytes(head[:8], "little") < size:
-            return _read_safetensors(path)
-        if head.startswith(_NPY):
-            raise UserError(
-                f"{path}: a NumPy array (.npy), in which lists of blobs are pickled, so it may hold code; expected an "
-                ".npz of arrays. If you trust it: d = np.load(FILE, allow_pickle=True, encoding='latin1').item(); "
-                "np.savez('alexnet.npz', **{k + c: a for k, v in d.items() for c, a in zip(('_w', '_b'), v)})"
-            )
+                with np.load(path, allow_pickle=False) as arrays:
+                    return {name: torch.from_numpy(np.ascontiguousarray(arrays[name])) for name in arrays.files}, {}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a pickle's age: what cannot be read is told below
             loaded = torch.load(path, map_location="cpu", weights_only=True)
@@ -72,18 +78,6 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
         raise UserError(f"{path}: not a state dict (names with a tensor each); save model.state_dict() alone")
     return {str(name): tensor for name, tensor in found.items()}, {}
-
-
-def _read_npz(path: Path) -> dict[str, Tensor]:
-    with np.load(path, allow_pickle=False) as arrays:
-        return {name: torch.from_numpy(np.ascontiguousarray(arrays[name])) for name in arrays.files}
-
-
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
 
 
 LAYERS = ("conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8")
@@ -120,14 +114,12 @@ def load_any(path: Path, which: str = "best", shards: ShardSet | None = None, *,
     """The net of a run's folder, or in a file of weights; see load_run. Raises UserError if it cannot be used."""
     if path.is_dir():
         return load_run(path, which, shards, is_completed=is_completed)
-    if checkpoint.is_sealed(path):
-        run = path.resolve().parent.parent
-        return (
-            load_run(run, str(path), shards, is_completed=is_completed)
-            if (run / CONFIG).is_file()
-            else load_checkpoint(path)
-        )
-    return load_file(path)
+    if not checkpoint.is_sealed(path):
+        return load_file(path)
+    run = path.resolve().parent.parent
+    if (run / CONFIG).is_file():
+        return load_run(run, str(path), shards, is_completed=is_completed)
+    return load_checkpoint(path)
 
 
 def load_file(path: Path) -> Weights:
@@ -135,16 +127,14 @@ def load_file(path: Path) -> Weights:
     tensors, metadata = read_tensors(path)
     if _MARK in metadata:
         return _from_ours(path, tensors, metadata)
-    names = {re.sub(r"\bmodule\.", "", name): name for name in tensors}  # of torch's DataParallel
-    if set(_OWT_LAYERS) <= {name.rpartition(".")[0] for name in names}:
-        state = {_rename(name): tensors[was].detach().clone() for name, was in names.items()}
-        recipe = replace(OWT, width=_width(path, state))
+    tensors = {re.sub(r"\bmodule\.", "", name): tensor for name, tensor in tensors.items()}  # torch's DataParallel
+    if set(_OWT_LAYERS) <= {name.rpartition(".")[0] for name in tensors}:
+        state = {_rename(name): tensor.detach().clone() for name, tensor in tensors.items()}
         mean, std = (255 * np.array(values) for values in (_OWT_MEAN, _OWT_STD))
-        return _finish(path, "torchvision", recipe, state, _flat_colors(mean, std))
-    if {match[1] for name in names if (match := _CAFFE_NAME.fullmatch(name))} == set(LAYERS):
-        state = _from_caffe(path, {name: tensors[was] for name, was in names.items()})
-        recipe = replace(CAFFE, width=_width(path, state))
-        return _finish(path, "Caffe's bvlc_alexnet", recipe, state, _flat_colors(np.array(_CAFFE_MEAN), np.ones(3)))
+        return _from_others(path, "torchvision", OWT, state, mean, std)
+    if {match[1] for name in tensors if (match := _CAFFE_NAME.fullmatch(name))} == set(LAYERS):
+        state = _order_caffe(path, tensors)
+        return _from_others(path, "Caffe's bvlc_alexnet", CAFFE, state, np.array(_CAFFE_MEAN), np.ones(3))
     found = ", ".join(sorted(tensors)[:3]) or "nothing"
     raise UserError(
         f"{path}: holds tensors named {found:.100}; expected features.0.weight ... (torchvision's AlexNet), conv1 ... "
@@ -154,8 +144,6 @@ def load_file(path: Path) -> Weights:
 
 def save_safetensors(path: Path, weights: Weights) -> None:
     """Everything to use the net with: tensors, the mean image, and as metadata recipe, classes and colours."""
-    from safetensors.torch import save
-
     metadata = {"format": "pt", _MARK: _VERSION, "recipe": json.dumps(to_dict(weights.recipe))}
     tensors = {name: tensor.contiguous() for name, tensor in weights.state.items()}
     if weights.classes:
@@ -175,10 +163,13 @@ def save_safetensors(path: Path, weights: Weights) -> None:
 def save_torchvision(path: Path, weights: Weights) -> None:
     """A state dict that torchvision.models.AlexNet loads. Raises UserError for a net that computes something else."""
     _check_same(weights, OWT, "torchvision's AlexNet")
-    theirs = {layer: name for name, layer in _OWT_LAYERS.items()}
-    state = {f"{theirs[name.partition('.')[0]]}.{name.partition('.')[2]}": t for name, t in weights.state.items()}
+    state = {
+        f"{name}.{kind}": weights.state[f"{layer}.{kind}"].contiguous().clone()
+        for name, layer in sorted(_OWT_LAYERS.items())
+        for kind in ("bias", "weight")
+    }
     serialised = io.BytesIO()
-    torch.save({name: state[name].contiguous().clone() for name in sorted(state)}, serialised)
+    torch.save(state, serialised)
     write_atomic(path, serialised.getvalue())
 
 
@@ -197,25 +188,30 @@ def describe_input(weights: Weights) -> dict[str, Any]:
     colors, recipe = weights.colors, weights.recipe
     mean: Any = f"the central 224x224 of the tensor {_MEAN_IMAGE}" if recipe.mean == "image" else colors.mean.tolist()
     scale = colors.std.clip(min=1.0).tolist() if recipe.unit_variance else [1.0, 1.0, 1.0]
-    return {"size_px": 224, "channels": "RGB", "values": "0 to 255", "mean": mean, "scale": scale}
+    return {"size_px": CROP_SIZE_PX, "channels": "RGB", "values": "0 to 255", "mean": mean, "scale": scale}
 
 
-def describe_function(recipe: Recipe) -> dict[str, Any]:
-    """What a recipe's net computes, by the names of its fields; two nets of one function have the same."""
+def compare_functions(ours: Recipe, theirs: Recipe, also: tuple[str, ...] = ()) -> dict[str, tuple[Any, Any]]:
+    """The fields, and those in `also`, in which two recipes' nets compute something else: our value and theirs."""
     always = ("maps", "width", "num_towers", "conv1_pad", "activation", "overlapping_pool", "spatial_norm", "lrn")
-    found: dict[str, Any] = {field: getattr(recipe, field) for field in always}
-    if recipe.lrn:
-        found |= {field: getattr(recipe, field) for field in ("lrn_k", "lrn_n", "lrn_beta", "conv1_order")}
-        found["lrn_alpha"] = recipe.lrn_alpha / (recipe.lrn_n if recipe.lrn_alpha_over_n else 1)
-        found["lrn_across_towers"] = recipe.lrn_across_towers and recipe.num_towers > 1
-    return found
+
+    def describe(recipe: Recipe) -> dict[str, Any]:
+        found: dict[str, Any] = {field: getattr(recipe, field) for field in always}
+        if recipe.lrn:
+            found |= {field: getattr(recipe, field) for field in ("lrn_k", "lrn_n", "lrn_beta", "conv1_order")}
+            found["lrn_alpha"] = recipe.lrn_alpha / (recipe.lrn_n if recipe.lrn_alpha_over_n else 1)
+            found["lrn_across_towers"] = recipe.lrn_across_towers and recipe.num_towers > 1
+        return found | {field: getattr(recipe, field) for field in also}
+
+    here, there = describe(ours), describe(theirs)
+    pairs = {field: (here.get(field), there.get(field)) for field in {**there, **here}}
+    return {field: (one, other) for field, (one, other) in pairs.items() if one != other}
 
 
 def _check_same(weights: Weights, wanted: Recipe, what: str) -> None:
-    ours, theirs = describe_function(weights.recipe), describe_function(wanted)
-    wrong = [field for field in {**theirs, **ours} if ours.get(field) != theirs.get(field)]
+    wrong = list(compare_functions(weights.recipe, wanted).items())
     if wrong:
-        shown = ", ".join(f"{field} {ours.get(field)} (there {theirs.get(field)})" for field in wrong[:4])
+        shown = ", ".join(f"{field} {ours} (there {theirs})" for field, (ours, theirs) in wrong[:4])
         raise UserError(f"{weights.source}: is not the net of {what}: {shown}; use --format safetensors or onnx")
 
 
@@ -241,7 +237,7 @@ def _from_ours(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str])
     return weights
 
 
-def _from_caffe(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _order_caffe(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Our names and order. Caffe's own blobs are (kernels, channels, rows, columns), old ones with leading ones; those
     that went through TensorFlow are (rows, columns, channels, kernels), and fc6 counts the channel fastest."""
     state = {}
@@ -254,39 +250,34 @@ def _from_caffe(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         while tensor.dim() > wanted and tensor.shape[0] == 1:
             tensor = tensor[0]
         state[f"{layer}.{kind}"] = tensor
-    first = state.get("conv1.weight")
-    if isinstance(first, Tensor) and first.dim() == 4 and first.shape[:3] == (11, 11, 3):
+    first = state.get("conv1.weight", torch.empty(0))
+    if first.dim() == 4 and first.shape[:3] == (11, 11, 3):
         for name, tensor in [item for item in state.items() if item[0].endswith("weight")]:
             if name == "fc6.weight" and tensor.dim() == 2 and len(tensor) % 36 == 0:
                 tensor = tensor.reshape(6, 6, -1, tensor.shape[1]).permute(2, 0, 1, 3).reshape(tensor.shape)
             state[name] = tensor.permute(3, 2, 0, 1) if tensor.dim() == 4 else tensor.t()
-    if isinstance(state.get("conv1.weight"), Tensor) and state["conv1.weight"].dim() == 4:
+    if first.dim() == 4:
         state["conv1.weight"] = state["conv1.weight"].flip(1)  # BGR -> RGB
     return {name: tensor.contiguous() for name, tensor in state.items()}
 
 
-def _finish(path: Path, layout: str, recipe: Recipe, state: dict[str, Tensor], colors: ColorStats) -> Weights:
-    weights = check(Weights(str(path), recipe, state, colors, layout=layout))
-    table = load_ilsvrc2012()
+def _from_others(
+    path: Path, layout: str, recipe: Recipe, state: dict[str, Tensor], mean: NDArray[Any], std: NDArray[Any]
+) -> Weights:
+    """Of a recipe at the width that the tensors have; of ImageNet's classes, if there are as many. Colours known by
+    three means and deviations alone, in grey levels."""
+    units = state.get("fc6.bias")
+    if not isinstance(units, Tensor) or units.dim() != 1 or not 0 < len(units) <= 4 * 4096:
+        raise UserError(f"{path}: no bias of fc6 with one number a unit (4096 in AlexNet)")
+    image = np.broadcast_to(np.float32(mean), (IMAGE_SIZE_PX, IMAGE_SIZE_PX, 3)).copy()
+    colors = ColorStats.from_moments(mean, np.diag(std**2), image, 0, "")
+    recipe = replace(recipe, width=len(units) / 4096)
+    weights, table = check(Weights(str(path), recipe, state, colors, layout=layout)), load_ilsvrc2012()
     if weights.num_classes != len(table):
         return weights
-    classes: Classes = tuple(ClassEntry(index, *entry) for index, entry in enumerate(table.items()))
-    return replace(weights, classes=classes)
+    return replace(weights, classes=tuple(ClassEntry(index, *entry) for index, entry in enumerate(table.items())))
 
 
 def _rename(name: str) -> str:
     layer, _, kind = name.rpartition(".")
     return f"{_OWT_LAYERS[layer]}.{kind}" if layer in _OWT_LAYERS else name
-
-
-def _width(path: Path, state: dict[str, Tensor]) -> float:
-    units = state.get("fc6.bias")
-    if not isinstance(units, Tensor) or units.dim() != 1 or not 0 < len(units) <= 4 * 4096:
-        raise UserError(f"{path}: no bias of fc6 with one number a unit (4096 in AlexNet)")
-    return len(units) / 4096
-
-
-def _flat_colors(mean: Any, std: Any) -> ColorStats:
-    """Colours known by three means and deviations, 0-255 units, alone."""
-    image = np.broadcast_to(np.float32(mean), (IMAGE_SIZE_PX, IMAGE_SIZE_PX, 3)).copy()
-    return ColorStats.from_moments(mean, np.diag(std**2), image, 0, "")

@@ -1,9 +1,7 @@
 """What a trained net takes photographs for: any image file -> its five best classes.
 
-The decision that shaped it: a file is prepared as `alexnet-prep shard` would (pipeline/images/) and finished as the
-loaders do (pipeline/options.py), so that a prediction is that of an evaluation on the same stored image; DALI is not
-needed. Files are read a batch at a time: a folder of any size takes the memory of one. Left out: words and tables
-(cli_nets.py).
+A file is prepared as `alexnet-prep shard` does and finished as the loaders do, so that a prediction is that of an
+evaluation on the same stored image. DALI is not needed; a folder of any size takes the memory of a batch.
 """
 
 import os
@@ -20,9 +18,10 @@ from pipeline.common.errors import UserError
 from pipeline.images.decode import BadImage, Pixels
 from pipeline.images.imagenet import IMAGE_ENDINGS
 from pipeline.images.resize import read_square
-from pipeline.options import CENTRE_PX, CROP_SIZE_PX, FIVE_OFFSETS_PX
+from pipeline.manifest import ClassEntry
+from pipeline.options import CENTRE_PX, CROP_SIZE_PX, FIVE_OFFSETS_PX, count_threads
 from trainer.evaluate import BATCH_SIZE, TOP, Crops, choose_dtype, log_probabilities
-from trainer.nets.weights import Classes, Weights, make_net, name_class
+from trainer.nets.weights import Classes, Weights, make_net
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ class Predictor:
                 "it from there with `alexnet-export RUN --format safetensors`"
             )
         recipe = weights.recipe
-        self.classes, self.num_threads = weights.classes, num_threads or len(os.sched_getaffinity(0))
+        self.classes, self.num_threads = weights.classes, num_threads or count_threads()
         self.batch_size = BATCH_SIZE[crops]
         self._net, self._dtype = make_net(weights, device), choose_dtype(recipe.precision, device)
         self._device = device
@@ -98,9 +97,11 @@ def predict(paths: Sequence[Path], predictor: Predictor) -> Iterator[Prediction]
 def find_best(log_outputs: Tensor, classes: Classes | None) -> tuple[Guess, ...]:
     """The five best classes (or all, if there are fewer) of log-probabilities (classes,), the best first."""
     values, indices = log_outputs.double().sort(descending=True, stable=True)
-    pairs = zip(indices[:TOP].tolist(), values[:TOP].exp().tolist(), strict=True)
-    named = [(name_class(classes, index), probability) for index, probability in pairs]
-    return tuple(Guess(entry.index, entry.wnid, entry.name, probability) for entry, probability in named)
+    guesses = []
+    for index, probability in zip(indices[:TOP].tolist(), values[:TOP].exp().tolist(), strict=True):
+        entry = classes[index] if classes else ClassEntry(index, "", f"class {index}")
+        guesses.append(Guess(index, entry.wnid, entry.name, probability))
+    return tuple(guesses)
 
 
 def list_images(paths: Sequence[Path]) -> list[Path]:

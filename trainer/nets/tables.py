@@ -1,8 +1,6 @@
 """Errors as a table, predictions as a CSV file and as plain lines.
 
-The decision that shaped it: what comes from outside (paths, class names) may hold anything, so that it is escaped for
-the screen and kept byte for byte in files. A CSV file is written whole or not at all. Left out: making predictions
-(predict.py, ensemble.py).
+Paths and class names may hold anything: they are escaped for the screen and kept byte for byte in files.
 """
 
 import csv

@@ -1,9 +1,7 @@
 """A trained network apart from the loop that made it: its numbers, its recipe, its colours, the names of its classes.
 
-The decision that shaped it: whatever uses a trained net (evaluation, prediction, export, fine-tuning) takes one
-`Weights`, wherever it came from, so that all of them check shapes, classes and colours alike. A run keeps its colours
-and classes in its own folder; a run made before that is completed from its shards. Left out: files of other programs
-(interchange.py).
+Whatever uses a trained net (evaluation, prediction, export, fine-tuning) takes one `Weights`, wherever it came from, so
+that all of them check shapes, classes and colours alike.
 """
 
 from dataclasses import dataclass, replace
@@ -52,9 +50,8 @@ def load_run(run: Path, which: str = "best", shards: ShardSet | None = None, *, 
     shards: where colours and names are if the run does not have them; None: the run's own. is_completed=False: they
     may be missing.
     """
-    folder = run / CHECKPOINTS
-    path = {"best": folder / BEST, "last": folder / LAST}.get(which, Path(which))
-    weights = load_checkpoint(path)
+    names = {"best": BEST, "last": LAST}
+    weights = load_checkpoint(run / CHECKPOINTS / names[which] if which in names else Path(which))
     config = read_config(run) if (run / CONFIG).is_file() else {}
     if (run / COLOR_FILE).is_file():
         weights = replace(weights, colors=ColorStats.load(run, str(weights.shards_fingerprint)))
@@ -96,15 +93,14 @@ def check(weights: Weights) -> Weights:
     wrong = find_misfits(state, expected_shapes(weights.recipe, weights.num_classes))
     if wrong:
         raise UserError(f"{source}: {'; '.join(wrong[:3])}; expected the net of recipe {weights.recipe.name}")
-    broken = [name for name, tensor in state.items() if not tensor.is_floating_point()]
-    if broken:
-        raise UserError(f"{source}: {broken[0]} holds {state[broken[0]].dtype}, expected floating-point numbers")
-    diverged = [name for name, tensor in state.items() if not tensor.float().isfinite().all()]
-    if diverged:
-        raise UserError(
-            f"{source}: {diverged[0]} holds infinities or NaN, so the net says nothing: its training had diverged, or "
-            "the file is damaged; name an earlier checkpoint with --checkpoint, or another file"
-        )
+    for name, tensor in state.items():
+        if not tensor.is_floating_point():
+            raise UserError(f"{source}: {name} holds {tensor.dtype}, expected floating-point numbers")
+        if not tensor.float().isfinite().all():
+            raise UserError(
+                f"{source}: {name} holds infinities or NaN, so the net says nothing: its training had diverged, or "
+                "the file is damaged; name an earlier checkpoint with --checkpoint, or another file"
+            )
     return weights
 
 
@@ -117,13 +113,17 @@ def expected_shapes(recipe: Recipe, num_classes: int) -> dict[str, tuple[int, ..
 
 def find_misfits(state: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> list[str]:
     """What is wrong with some tensors, in words, a fault each; empty if nothing is."""
+
+    def by(shape: Any) -> str:
+        return " x ".join(map(str, shape)) or "a single number"
+
     faults = []
     for name, shape in shapes.items():
         tensor = state.get(name)
         if not isinstance(tensor, Tensor):
             faults.append(f"no tensor {name}")
         elif tuple(tensor.shape) != shape:
-            faults.append(f"{name} is {_by(tensor.shape)}, expected {_by(shape)}")
+            faults.append(f"{name} is {by(tensor.shape)}, expected {by(shape)}")
     return faults + [f"unknown tensor {name!r:.60}" for name in state if name not in shapes]
 
 
@@ -152,18 +152,9 @@ def list_classes(classes: Classes) -> list[list[str]]:
     return [[entry.wnid, entry.name] for entry in classes]
 
 
-def name_class(classes: Classes | None, index: int) -> ClassEntry:
-    """What is known of class `index`; its number where the names are not."""
-    return classes[index] if classes else ClassEntry(index, "", f"class {index}")
-
-
 def find_newest(runs: Path) -> Path:
     """The run in `runs` that saved a checkpoint last. Raises UserError if there is none."""
     found = [path for path in runs.glob(f"*/{CHECKPOINTS}/{LAST}") if path.is_file()] if runs.is_dir() else []
     if not found:
         raise UserError(f"{runs}: no run with a checkpoint; name one with --run, or a file with --weights")
     return max(found, key=lambda path: path.stat().st_mtime_ns).parent.parent
-
-
-def _by(shape: Any) -> str:
-    return " x ".join(map(str, shape)) or "a single number"

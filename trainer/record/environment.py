@@ -1,4 +1,4 @@
-"""What a run ran on and with: environment.json, and how busy the GPU is."""
+"""What a run ran on and with: environment.json, what its last bits depend on, and how busy the GPU is."""
 
 import importlib.metadata
 import os
@@ -13,21 +13,21 @@ from typing import Any
 
 import torch
 
+from trainer.kernels.native import load_native
+
 _PROGRAM_TIMEOUT_S = 10.0
 
 
 def environment() -> dict[str, Any]:
     """What the run ran on and with, for environment.json: versions, hardware, commit, command, time. No host name."""
-    import torch
-
     gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
     driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if gpus else None
     source = Path(__file__).resolve().parents[1]
-    describe = ("git", "-C", str(source), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+    git = ("git", "-C", str(source), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join(sys.argv),
-        "git_commit": _output(*describe) if (source / ".git").exists() else None,
+        "git_commit": _output(*git) if (source / ".git").exists() else None,
         "python": platform.python_version(),
         "alexnet_dali": _version("alexnet-dali"),
         "torch": torch.__version__,
@@ -65,6 +65,25 @@ def _cpu_model() -> str | None:
     except OSError:
         return None
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), None)
+
+
+def list_arithmetic(device: torch.device) -> dict[str, str]:
+    """What the last bits of a step depend on besides weights, samples and draws; of a GPU nothing, whose bits vary."""
+    if device.type == "cuda":
+        return {}
+    return {
+        "torch": str(torch.__version__),
+        "threads": str(torch.get_num_threads()),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "LRN": "torch's operations" if load_native() is None else "compiled C",
+    }
+
+
+def find_changes(before: dict[str, str], device: torch.device) -> str:
+    """How the arithmetic of a resumed run differs from `before`, in words; empty if it does not."""
+    now = list_arithmetic(device)
+    changed = [name for name in now if name in before and before[name] != now[name]]
+    return ", ".join(f"{name}: {before[name]} before, {now[name]} now" for name in changed)
 
 
 @dataclass(frozen=True)

@@ -1,34 +1,47 @@
-"""What a training run writes and says: its folder, records and one line an epoch. Only the first rank does.
+"""What a run writes and says while it trains: its folder, metrics.jsonl, TensorBoard, progress.
 
-The decision that shaped it: the loop tells every rank's journal everything, and the journal of every rank but the first
-keeps quiet, so that the loop has no branches about it. Left out: the formats (runlog.py), the looks (display.py) and
-checkpoints.
+Every rank calls its logger alike; that of each rank but the first keeps quiet.
 """
 
 import contextlib
 import errno
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import torch
 
 from pipeline.colors import ColorStats
-from pipeline.common.console import Voice, explain_os_error, note, print_line, warn
+from pipeline.common.console import Voice, explain_os_error, print_line, warn
 from pipeline.common.files import write_json
 from trainer.distributed import Ranks, gather
 from trainer.evaluate import Errors
 from trainer.model import AlexNet
 from trainer.record.environment import environment, read_gpu_load
 from trainer.record.metrics import MetricsLog
-from trainer.record.progress import TrainDisplay
+from trainer.record.progress import Progress, TrainDisplay
 from trainer.record.runs import ENVIRONMENT, METRICS, create_run, lock_run, write_config
-from trainer.report.tensorboard import Board
 
 
-class Journal:
-    """Of one run: `folder`, known on every rank."""
+class Board(Protocol):
+    """Where else the numbers go: TensorBoard's event file (trainer/report/tensorboard.py)."""
+
+    def train(self, record: Mapping[str, Any]) -> None:
+        """A record of training."""
+
+    def eval(self, record: Mapping[str, Any]) -> None:
+        """A record of an evaluation."""
+
+    def look(self, model: AlexNet, dtype: torch.dtype, step: int) -> None:
+        """At the whole net; it is left in evaluation mode."""
+
+    def close(self) -> None:
+        """The run has ended."""
+
+
+class Logger:
+    """Of one run: `folder`, known on every rank; `display`, where progress is shown."""
 
     def __init__(
         self,
@@ -42,18 +55,17 @@ class Journal:
         step: int,
         epoch: int,
         voice: Voice = "words",
-        make_board: Callable[[Path], Board] | None = None,
+        open_board: Callable[[Path], Board] | None = None,
     ) -> None:
         """A new run's folder with `config` and `colors`, or that of the run to `resume`, cut after `step` in `epoch`
         (from step 0 on it is a new one).
 
-        With the voice "json", what is logged is printed, too; `make_board`: TensorBoard's, for the run's folder.
-        Raises UserError if another process trains in the folder.
+        With the voice "json", what is logged is printed, too. Raises UserError if another process trains in the folder.
         """
         self._log: MetricsLog | None = None
         self._lock: BinaryIO | None = None
         self._board: Board | None = None
-        self._display: TrainDisplay | None = None
+        self.display = TrainDisplay(Progress(1, 1))
         self._summary, self._device, self._voice, self._is_full = "", ranks.device, voice, False
         folder = resume or Path()
         if ranks.is_first:
@@ -64,21 +76,11 @@ class Journal:
                 write_config(folder, config)  # first: what is killed from here on is begun again in its folder
                 colors.save(folder)  # with the class names in `config`: the net can be used without its shards
             write_json(folder / ENVIRONMENT, environment())
-            self._log = MetricsLog.open(
-                folder / METRICS, step if resume else None, print_line if voice == "json" else None, epoch=epoch
-            )
+            echo = print_line if voice == "json" else None
+            self._log = MetricsLog.open(folder / METRICS, step if resume else None, echo, epoch=epoch)
         self.folder: Path = gather(folder, ranks)[0]
-        if make_board and ranks.is_first:
-            self._show(lambda _: None, make_board)
-
-    def show(self, display: TrainDisplay) -> None:
-        """Where to show progress from now on."""
-        if self._log:
-            self._display = display
-
-    def say(self, text: str) -> None:
-        if self._log:
-            note(text)
+        if open_board and ranks.is_first:
+            self._show(lambda _: None, open_board)
 
     def announce(self, **facts: Any) -> None:
         """Tell a reader of JSON lines what run this is."""
@@ -94,13 +96,9 @@ class Journal:
         elif said:
             warn(said)
 
-    def stepped(self, epoch: int, in_epoch: int) -> None:
-        if self._display:
-            self._display.step(epoch, in_epoch)
-
     def train(self, got: Errors, **record: Any) -> None:
         """Log training since the record before: `got` over those steps, the other fields of a TrainRecord."""
-        if not self._log or not self._display:
+        if not self._log:
             return
         record |= {"loss": got.loss, "top1_error": got.top1_error, "top5_error": got.top5_error}
         load = read_gpu_load(self._device)
@@ -110,35 +108,50 @@ class Journal:
                 record["gpu_utilisation"] = load.utilisation
         self._write(self._log.train, **record)
         self._show(lambda board: board.train(record))
-        now = self._display.record(record)
+        now = self.display.record(record)
         self._summary = (
             f"training loss {now.loss:.3f}, top-1 {now.top1_error:.2f} %, {now.mean_images_per_s:,.0f} images/s, "
             f"waiting for data {100 * now.data_wait_fraction:.0f} %"
         )
 
-    def evaluating(self, epoch: int) -> None:
-        if self._display:
-            self._display.evaluating(epoch)
-
     def eval(self, errors: Errors, step: int, epoch: int) -> None:
+        """Log an evaluation."""
         if self._log:
             self._write(self._log.eval, step=step, epoch=epoch, crops="centre", **asdict(errors))
         self._show(lambda board: board.eval({"step": step, **asdict(errors)}))
-        if self._display:
-            self._display.evaluated(errors.top1_error)
+        self.display.evaluated(errors.top1_error)
 
     def look(self, model: AlexNet, dtype: torch.dtype, step: int) -> None:
         """At the whole net, as it was evaluated; it is left in evaluation mode."""
         self._show(lambda board: board.look(model, dtype, step))
 
     def event(self, name: str, **fields: Any) -> None:
+        """Log something that happened."""
         if self._log:
             self._write(self._log.event, name=name, **fields)
+
+    def epoch_done(self, epoch: int, result: str) -> None:
+        """The epoch is over: its line."""
+        self.display.epoch_done(epoch, result + self._summary)
+
+    def sync(self) -> None:
+        """To be called before a checkpoint is saved."""
+        if self._log:
+            self._log.sync()
+
+    def close(self) -> None:
+        """Close all files, and let others train in the folder."""
+        if self._log:
+            self._log.close()
+        self._show(lambda board: board.close())
+        if self._lock:
+            self._lock.close()
 
     def _write(self, write: Callable[..., None], **record: Any) -> None:
         """Log a line; on a full disk it waits in memory, for the next line or checkpoint to take it along."""
         try:
             write(**record)
+            self._is_full = False
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
@@ -147,15 +160,12 @@ class Journal:
                     f"warning: {self.folder / METRICS}: {error.strerror}; its lines wait in memory until there is room"
                 )
             self._is_full = True
-        else:
-            self._is_full = False
 
-    def _show(self, write: Callable[[Board], None], make_board: Callable[[Path], Board] | None = None) -> None:
-        """Write to the board, if there is one; a disk that takes no more ends it, and not the run, of which it is but
-        a view."""
+    def _show(self, write: Callable[[Board], None], open_board: Callable[[Path], Board] | None = None) -> None:
+        """Write to the board, if there is one; a disk that takes no more ends it, and not the run."""
         try:
-            if make_board:
-                self._board = make_board(self.folder)
+            if open_board:
+                self._board = open_board(self.folder)
             if self._board:
                 write(self._board)
         except OSError as error:
@@ -164,19 +174,3 @@ class Journal:
             if board:
                 with contextlib.suppress(OSError):  # what could not be written still cannot
                     board.close()
-
-    def epoch_done(self, epoch: int, result: str) -> None:
-        if self._display:
-            self._display.epoch_done(epoch, result + self._summary)
-
-    def sync(self) -> None:
-        """To be called before a checkpoint is saved."""
-        if self._log:
-            self._log.sync()
-
-    def close(self) -> None:
-        if self._log:
-            self._log.close()
-        self._show(lambda board: board.close())
-        if self._lock:
-            self._lock.close()

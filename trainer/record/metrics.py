@@ -1,9 +1,4 @@
-"""metrics.jsonl: its records, how they are written while a run trains, and how they are read (docs/metrics.md).
-
-The decision that shaped it: metrics.jsonl is the one record that everything else (curves, report, resumption) is made
-from, so it is strict JSON, one object a line, handed to the system line by line, and a resumed run cuts what lies past
-its checkpoint. A number that is not finite is written as null. Left out: the rest of a run's folder (runlog.py).
-"""
+"""metrics.jsonl: its records, how they are written while a run trains, and how they are read (docs/metrics.md)."""
 
 import json
 import math
@@ -11,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import NoneType, TracebackType
+from types import NoneType
 from typing import Any, BinaryIO, TypedDict, Unpack
 
 from pipeline.common.errors import UserError
@@ -105,9 +100,7 @@ class MetricsLog:
     def __enter__(self) -> "MetricsLog":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def train(self, **record: Unpack[_TrainFields]) -> None:

@@ -1,9 +1,4 @@
-"""What a run leaves behind while it trains: its folder, whose name is its own, and its configuration.
-
-The decision that shaped it: a folder is made or found by one atomic step, so that two runs never share one, and what
-makes a folder a run is its config.json. Left out: metrics.jsonl (metricslog.py), checkpoints (checkpoint.py),
-pictures (figures.py), what the screen shows (display.py) and the record of the surroundings (environment.py).
-"""
+"""A run's folder: how it is made, found and locked, and its config.json, which makes a folder a run."""
 
 import fcntl
 import re
@@ -15,6 +10,10 @@ from pipeline.common.files import read_json, write_json
 
 CONFIG, ENVIRONMENT, METRICS = "config.json", "environment.json", "metrics.jsonl"
 CHECKPOINTS, LAST, BEST = "checkpoints", "last.pt", "best.pt"
+_CONFIG_FIELDS: dict[str, type] = {
+    "recipe": dict, "seed": int, "shards": str, "shards_fingerprint": str, "num_classes": int, "classes": list,
+    "feeding": dict, "parallel": dict, "safety": dict,
+}  # fmt: skip
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 
 
@@ -114,10 +113,14 @@ def write_config(run: Path, config: dict[str, Any]) -> None:
 
 
 def read_config(run: Path) -> dict[str, Any]:
-    """What `write_config` stored. Raises UserError if it is missing or damaged."""
-    config = read_json(run / CONFIG)
+    """What `write_config` stored. Raises UserError if it is missing or damaged, a field of another type included."""
+    path = run / CONFIG
+    config = read_json(path)
     if not isinstance(config, dict):
-        raise UserError(f"{run / CONFIG}: holds a {type(config).__name__}, expected an object; restore the file")
+        raise UserError(f"{path}: holds a {type(config).__name__}, expected an object; restore the file")
+    for name, expected in _CONFIG_FIELDS.items():
+        if name in config and type(config[name]) is not expected:
+            raise UserError(f"{path}: {name} is {config[name]!r:.40}, expected {expected.__name__}; restore the file")
     return config
 
 

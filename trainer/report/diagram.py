@@ -1,20 +1,17 @@
 """The network's own diagram, as the paper's figure 2: its maps as blocks, the towers apart, what sees what as lines.
 
-The decision that shaped it: everything drawn and written is read from a model that has just been run on one image (the
-shapes that really passed, kernels and groups of its modules), so that the diagram of any recipe, width or number of
-towers is right or cannot be drawn at all. Left out: activations, normalisation and dropout, as in the paper.
+All that is drawn is read from a model that has just been run on one image, so that it is right for any recipe.
 """
 
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from trainer.model import AlexNet
-from trainer.report.pictures import BLUE, GREY, LEAST_PT, ORANGE, VERMILION, style, write_png
+from trainer.report.pictures import BLUE, GREY, LEAST_PT, ORANGE, VERMILION, new_figure, style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -80,12 +77,6 @@ def _describe(name: str, layer: nn.Module, made: Tensor, given_on: Tensor | None
     return Layer(name, shape, layer.kernel_size[0], layer.stride[0], layer.groups, pooled, number)
 
 
-def plot_network(model: AlexNet, path: Path) -> None:
-    """Write `network_figure` as a PNG, atomically."""
-    with style():
-        write_png(network_figure(model), path)
-
-
 class _Block(NamedTuple):
     """Where the front of a block stands: left, bottom, width, height, and how far it recedes."""
 
@@ -93,82 +84,79 @@ class _Block(NamedTuple):
     bottom: float
     width: float
     height: float
-    recedes: float
+    recedes: float = 0.0
 
     @property
-    def centre(self) -> float:
-        return self.bottom + self.height / 2
+    def middle(self) -> tuple[float, float]:
+        return self.left + self.width / 2, self.bottom + self.height / 2
+
+    @property
+    def back(self) -> tuple[float, float]:
+        """By how much its back is shifted to the right and up."""
+        return self.recedes * _OBLIQUE * 2, self.recedes * _OBLIQUE * 1.6
+
+    @property
+    def right(self) -> float:
+        return self.left + self.width + self.back[0]
 
 
+@style()
 def network_figure(model: AlexNet) -> "Figure":
     """The layers from left to right, one row of blocks a tower; heights as maps are high, widths as maps are many.
 
     A full line: the kernels of one block see the other; where a layer sees both towers, lines cross. Fully connected
     layers are halved among the towers as in the paper, since each unit sees everything.
     """
-    from matplotlib.figure import Figure
-
     layers, towers = trace(model), model.recipe.num_towers
     highest = max(layer.shape[1] for layer in layers if len(layer.shape) == 3)
     deepest = max(layer.shape[0] // towers for layer in layers if len(layer.shape) == 3)
     most_units = max(layer.shape[0] for layer in layers if len(layer.shape) == 1)
-    with style():
-        figure = Figure(figsize=(13.0, 2.0 + 3.2 * towers), layout="constrained")
-        axes = figure.subplots()
-        lanes = [_LANE * ((towers - 1) / 2 - tower) for tower in range(towers)]  # the first tower on top
-        image = _Block(0.0, -1.6, 0.12, 3.2, 1.3)
-        _draw_block(axes, image, GREY)
-        _write_below(axes, image, [f"{INPUT_PX}×{INPUT_PX}×3", "image"])
-        before, left = [image], image.width + image.recedes * _OBLIQUE * 2 + 1.0
-        for layer in layers:
-            is_last, is_map = layer is layers[-1], len(layer.shape) == 3
-            rows = [0.0] if is_last else lanes
-            if is_map:
-                height = 0.55 + (_LARGEST_HEIGHT - 0.55) * layer.shape[1] / highest
-                width = max(0.1, _LARGEST_DEPTH * layer.shape[0] / towers / deepest)
-            else:
-                height, width = 0.6 + 2.4 * layer.shape[0] / len(rows) / most_units, 0.22
-            recedes = 0.4 * height if is_map else 0.0
-            blocks = [_Block(left, lane - height / 2, width, height, recedes) for lane in rows]
-            parts = 1 if len(before) == 1 or len(blocks) == 1 else layer.groups
-            _connect(axes, before, blocks, apart=parts == len(blocks) > 1, is_map=is_map)
-            for block in blocks:
-                _draw_block(axes, block, BLUE if is_map else ORANGE)
-                _write_below(axes, block, _size_lines(layer, len(blocks)))
-            _write_above(axes, blocks[0], _name_lines(layer))
-            before, left = blocks, left + width + recedes * _OBLIQUE * 2 + _GAP
-        bottom = min(lanes) - _LARGEST_HEIGHT / 2 - 1.1
-        total = sum(layer.num_parameters for layer in layers)
-        text = f"recipe {model.recipe.name}: {total:,} parameters"
-        if towers > 1:
-            text += f"; {towers} towers, which see each other where lines are dashed"
-        axes.text(0.0, bottom, text, fontsize=12, va="top", color="black")
-        axes.set_xlim(-0.9, left - 0.4)
-        axes.set_ylim(bottom - 0.5, max(lanes) + _LARGEST_HEIGHT / 2 + 1.7)
-        axes.set_axis_off()
+    figure = new_figure(13.0, 2.0 + 3.2 * towers)
+    axes = figure.subplots()
+    lanes = [_LANE * ((towers - 1) / 2 - tower) for tower in range(towers)]  # the first tower on top
+    before = [_Block(0.0, -1.6, 0.12, 3.2, 1.3)]
+    _draw_block(axes, before[0], GREY, f"{INPUT_PX}×{INPUT_PX}×3\nimage")
+    left = before[0].right + 1.0
+    for layer in layers:
+        is_map, rows = len(layer.shape) == 3, [0.0] if layer is layers[-1] else lanes
+        if is_map:
+            height = 0.55 + (_LARGEST_HEIGHT - 0.55) * layer.shape[1] / highest
+            width, recedes = max(0.1, _LARGEST_DEPTH * layer.shape[0] / towers / deepest), 0.4 * height
+        else:
+            height, width, recedes = 0.6 + 2.4 * layer.shape[0] / len(rows) / most_units, 0.22, 0.0
+        blocks = [_Block(left, lane - height / 2, width, height, recedes) for lane in rows]
+        parts = 1 if len(before) == 1 or len(blocks) == 1 else layer.groups
+        _connect(axes, before, blocks, apart=parts == len(blocks) > 1)
+        for block in blocks:
+            _draw_block(axes, block, BLUE if is_map else ORANGE, _tell_size(layer, len(blocks)))
+        name = layer.name if layer.kernel is None else f"{layer.name}\n{layer.kernel}×{layer.kernel}"
+        name += f", stride {layer.stride}" if layer.stride not in (None, 1) else ""
+        above = blocks[0].bottom + height + blocks[0].back[1] + 0.15
+        axes.text(blocks[0].middle[0], above, name, fontsize=LEAST_PT, ha="center", va="bottom", zorder=4)
+        before, left = blocks, blocks[0].right + _GAP
+    bottom = min(lanes) - _LARGEST_HEIGHT / 2 - 1.1
+    text = f"recipe {model.recipe.name}: {sum(layer.num_parameters for layer in layers):,} parameters"
+    if towers > 1:
+        text += f"; {towers} towers, which see each other where lines are dashed"
+    axes.text(0.0, bottom, text, va="top")
+    axes.set(xlim=(-0.9, left - 0.4), ylim=(bottom - 0.5, max(lanes) + _LARGEST_HEIGHT / 2 + 1.7))
+    axes.set_axis_off()
     return figure
 
 
-def _name_lines(layer: Layer) -> list[str]:
-    if layer.kernel is None:
-        return [layer.name]
-    return [layer.name, f"{layer.kernel}×{layer.kernel}" + (f", stride {layer.stride}" if layer.stride != 1 else "")]
-
-
-def _size_lines(layer: Layer, num_blocks: int) -> list[str]:
+def _tell_size(layer: Layer, num_blocks: int) -> str:
     """What is written under a block: its part of the maps or units, and the size after pooling."""
     if len(layer.shape) == 1:
-        return [f"{layer.shape[0] // num_blocks:,}"]
+        return f"{layer.shape[0] // num_blocks:,}"
     maps, rows, columns = layer.shape
-    lines = [f"{rows}×{columns}×{maps // num_blocks}"]
-    return [*lines, f"pooled {layer.pooled}×{layer.pooled}"] if layer.pooled else lines
+    size = f"{rows}×{columns}×{maps // num_blocks}"
+    return f"{size}\npooled {layer.pooled}×{layer.pooled}" if layer.pooled else size
 
 
-def _draw_block(axes: "Axes", block: _Block, colour: str) -> None:
+def _draw_block(axes: "Axes", block: _Block, colour: str, below: str) -> None:
     from matplotlib.patches import Polygon
 
-    x, y, w, h = block.left, block.bottom, block.width, block.height
-    dx, dy = block.recedes * _OBLIQUE * 2, block.recedes * _OBLIQUE * 1.6
+    (x, y, w, h, _), (dx, dy) = block, block.back
     faces = [[(x, y), (x + w, y), (x + w, y + h), (x, y + h)]]
     if block.recedes:
         faces += [
@@ -179,46 +167,17 @@ def _draw_block(axes: "Axes", block: _Block, colour: str) -> None:
         axes.add_patch(Polygon(points, facecolor="white", edgecolor="none", zorder=3))
         axes.add_patch(Polygon(points, facecolor=colour, alpha=alpha, edgecolor="none", zorder=3))
         axes.add_patch(Polygon(points, facecolor="none", edgecolor=colour, linewidth=1.2, zorder=3))
+    axes.text(block.middle[0], y - 0.1, below, fontsize=LEAST_PT, ha="center", va="top", zorder=4)
 
 
-def _connect(axes: "Axes", before: list[_Block], blocks: list[_Block], *, apart: bool, is_map: bool) -> None:
+def _connect(axes: "Axes", before: list[_Block], blocks: list[_Block], *, apart: bool) -> None:
+    """An arrow from each block to each, dashed from one tower to the other; `apart`: there are none of these."""
     for source_number, source in enumerate(before):
         for number, block in enumerate(blocks):
             crosses = len(before) > 1 and len(blocks) > 1 and source_number != number
             if apart and crosses:
                 continue
-            start = source.left + source.width + source.recedes * _OBLIQUE * 2
-            axes.annotate(
-                "",
-                (block.left - 0.04, block.centre),
-                (start + 0.04, source.centre),
-                arrowprops={
-                    "arrowstyle": "-|>",
-                    "color": VERMILION if crosses else GREY,
-                    "linewidth": 1.4,
-                    "linestyle": (0, (4, 2)) if crosses else "-",
-                    "shrinkA": 0,
-                    "shrinkB": 0,
-                },
-                zorder=2,
-            )
-
-
-def _write_below(axes: "Axes", block: _Block, lines: list[str]) -> None:
-    axes.text(
-        block.left + block.width / 2,
-        block.bottom - 0.1,
-        "\n".join(lines),
-        fontsize=LEAST_PT,
-        ha="center",
-        va="top",
-        zorder=4,
-    )
-
-
-def _write_above(axes: "Axes", block: _Block, lines: list[str]) -> None:
-    top = block.bottom + block.height + block.recedes * _OBLIQUE * 1.6
-    axes.text(
-        block.left + block.width / 2, top + 0.15, "\n".join(lines), fontsize=11, ha="center", va="bottom", zorder=4,
-        linespacing=1.15,
-    )  # fmt: skip
+            look = {"color": VERMILION, "linestyle": (0, (4, 2))} if crosses else {"color": GREY, "linestyle": "-"}
+            start, end = (source.right + 0.04, source.middle[1]), (block.left - 0.04, block.middle[1])
+            arrow = {"arrowstyle": "-|>", "linewidth": 1.4, "shrinkA": 0, "shrinkB": 0, **look}
+            axes.annotate("", end, start, arrowprops=arrow, zorder=2)

@@ -1,31 +1,33 @@
 """What a net says to some images, and which training images it holds to be near them: the paper's figure 4, unpainted.
 
-The decision that shaped it: images are seen as evaluation sees them (the central crop), and training images are the
-first so many of the shards, which are in random order already, so that the search costs what one asks for and is a
-fair sample of the whole. Left out: what it looks like (figures_images.py).
+Training images are the first so many of the shards, which are in random order already: a fair sample at the cost asked.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+import simplejpeg
 import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from pipeline.colors import ColorStats
 from pipeline.common.console import Progress
-from pipeline.loader import EvalLoader, read_pixels
-from pipeline.shards import ShardSet
+from pipeline.common.errors import UserError
+from pipeline.loader import EvalLoader
+from pipeline.manifest import CLS_DIGITS, ENDINGS
+from pipeline.options import CENTRE_PX, CROP_SIZE_PX
+from pipeline.shards import Index, ShardSet, read_index
 from trainer.evaluate import choose_dtype, log_probabilities
 from trainer.model import AlexNet
-from trainer.report.confusion import Answers
+from trainer.report.confusion import Predictions
 
 NUM_GUESSES, NUM_BEST = 8, 5  # paper, figure 4, left: eight images, five labels
 NUM_QUERIES, NUM_NEAREST = 5, 6  # right: five images, six neighbours each
 MOST_VALIDATION = 1024  # images among which those shown are chosen, evenly spaced
+_MOST_TRIED = 64  # images, on the way to one of a new class
 _BATCH_SIZE = 64
-_CROP = slice(16, 240)  # the central 224 of 256 px
 
 Pixels = NDArray[np.uint8]
 
@@ -38,6 +40,10 @@ class Guess:
     label: int
     classes: tuple[int, ...]
     probabilities: tuple[float, ...]
+
+    @property
+    def is_right(self) -> bool:
+        return self.classes[:1] == (self.label,)
 
 
 @dataclass(frozen=True)
@@ -57,16 +63,7 @@ class Examples:
     guesses: list[Guess]
     rows: list[list[Neighbour]]
     num_searched: int
-    answers: Answers | None = None
-
-
-@dataclass(frozen=True)
-class _Seen:
-    """Of N images in stored order: log-probabilities (N, classes), last hidden layer (N, units), classes (N,)."""
-
-    outputs: NDArray[np.float32]
-    hidden: NDArray[np.float32]
-    labels: NDArray[np.int64]
+    predictions: Predictions | None = None
 
 
 def find_examples(model: AlexNet, shards: ShardSet, colors: ColorStats, num_train: int) -> Examples:
@@ -79,43 +76,38 @@ def find_examples(model: AlexNet, shards: ShardSet, colors: ColorStats, num_trai
     for split, num in (("val", num_val), ("train", num_train)):
         first_shards(shards, split, num).fetch(split)
     with Progress("looking at images", num_val + num_train, "images") as progress:
-        val = _look(model, shards, colors, "val", num_val, progress)
-        train = _look(model, shards, colors, "train", num_train, progress)
-    shown, queries = choose_shown(val.labels.tolist(), NUM_GUESSES), choose_shown(val.labels.tolist(), NUM_QUERIES)
-    near, distances = nearest(val.hidden[queries], train.hidden, NUM_NEAREST)
-    val_pixels = _pixels(shards, "val", [*shown, *queries])
-    train_pixels = _pixels(shards, "train", near.flatten().tolist())
-    guesses = []
-    for position in shown:
-        best = np.argsort(-val.outputs[position], kind="stable")[:NUM_BEST]
-        probabilities = np.exp(val.outputs[position][best].astype(np.float64))
-        guesses.append(
-            Guess(val_pixels[position], int(val.labels[position]), tuple(best.tolist()), tuple(probabilities.tolist()))
+        outputs, hidden, labels = _look(model, shards, colors, "val", num_val, progress)
+        _, searched, train_labels = _look(model, shards, colors, "train", num_train, progress)
+    val, train = StoredImages(shards, "val"), StoredImages(shards, "train")
+    best = np.argsort(-outputs, axis=1, kind="stable")[:, :NUM_BEST]
+    likely = np.exp(np.take_along_axis(outputs, best, axis=1).astype(np.float64))
+    guesses = [
+        Guess(val.crop(at), int(labels[at]), tuple(best[at].tolist()), tuple(likely[at].tolist()))
+        for at in choose_shown(num_val, NUM_GUESSES, labels.__getitem__)
+    ]
+    queries = choose_shown(num_val, NUM_QUERIES, labels.__getitem__)
+    rows = [
+        [Neighbour(val.crop(query), int(labels[query]), 0.0)]
+        + [Neighbour(train.crop(at), int(train_labels[at]), away) for at, away in zip(near, distances, strict=True)]
+        for query, near, distances in zip(
+            queries, *(found.tolist() for found in nearest(hidden[queries], searched, NUM_NEAREST)), strict=True
         )
-    rows = []
-    for query, found, away in zip(queries, near.tolist(), distances.tolist(), strict=True):
-        row = [Neighbour(val_pixels[query], int(val.labels[query]), 0.0)]
-        row += [Neighbour(train_pixels[i], int(train.labels[i]), d) for i, d in zip(found, away, strict=True)]
-        rows.append(row)
-    best = np.argsort(-val.outputs, axis=1, kind="stable")[:, :NUM_BEST]
+    ]
     best = np.pad(best, ((0, 0), (0, NUM_BEST - best.shape[1])), constant_values=-1)
     which = f"the first {num_val:,} of {shards.num_samples('val'):,} validation images"
-    return Examples(guesses, rows, len(train.labels), Answers(val.labels, best, "centre", which))
+    return Examples(guesses, rows, len(train_labels), Predictions(labels, best, "centre", which))
 
 
-def spread(number: int, wanted: int) -> list[int]:
-    """At most `wanted` different positions of `number`, evenly spaced, off the ends: the same for the same numbers."""
-    return sorted({(2 * index + 1) * number // (2 * wanted) for index in range(wanted)}) if number else []
-
-
-def choose_shown(labels: Sequence[int], wanted: int) -> list[int]:
-    """At most `wanted` positions: those of `spread`, each moved on to the next image of a class not yet chosen, where
-    there is one. In sets that deal their classes in turn, evenly spaced images are all of one class."""
-    chosen: list[int] = []
-    for start in spread(len(labels), wanted):
-        ahead = [position for position in (*range(start, len(labels)), *range(start)) if position not in chosen]
-        seen = {labels[position] for position in chosen}
-        chosen.append(next((position for position in ahead if labels[position] not in seen), ahead[0]))
+def choose_shown(num: int, wanted: int, label_of: Callable[[int], int]) -> list[int]:
+    """At most `wanted` of `num` positions: evenly spaced, off the ends, each moved on to the next image of a class not
+    yet chosen where there is one near. In sets that deal their classes in turn, evenly spaced images are of one class.
+    """
+    chosen: dict[int, int] = {}
+    for place in range(min(wanted, num)):
+        start = (2 * place + 1) * num // (2 * min(wanted, num))
+        ahead = [at for at in ((start + step) % num for step in range(min(num, _MOST_TRIED))) if at not in chosen]
+        at = next((at for at in ahead if label_of(at) not in chosen.values()), ahead[0])
+        chosen[at] = label_of(at)
     return sorted(chosen)
 
 
@@ -142,13 +134,14 @@ def first_shards(shards: ShardSet, split: str, num: int) -> ShardSet:
 
 
 @torch.no_grad()
-def _look(model: AlexNet, shards: ShardSet, colors: ColorStats, split: str, num: int, progress: Progress) -> _Seen:
-    """The first `num` images of a split through the net."""
-    recipe = model.recipe
-    loader = EvalLoader(
-        first_shards(shards, split, num), colors, recipe.transform(train=False), batch_size=_BATCH_SIZE, split=split
-    )
-    dtype, hidden = choose_dtype(recipe.precision, torch.device("cpu")), list[Tensor]()
+def _look(
+    model: AlexNet, shards: ShardSet, colors: ColorStats, split: str, num: int, progress: Progress
+) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.int64]]:
+    """The first `num` images of a split through the net: log-probabilities (num, classes), the last hidden layer
+    (num, units) and classes (num,)."""
+    shards, transform = first_shards(shards, split, num), model.recipe.transform(train=False)
+    loader = EvalLoader(shards, colors, transform, batch_size=_BATCH_SIZE, split=split)
+    dtype, hidden = choose_dtype(model.recipe.precision, torch.device("cpu")), list[Tensor]()
     hook = model.fc8.register_forward_hook(lambda _, inputs, __: hidden.append(inputs[0].float()))
     outputs, labels, held = [], [], 0
     try:
@@ -162,20 +155,41 @@ def _look(model: AlexNet, shards: ShardSet, colors: ColorStats, split: str, num:
                 break
     finally:
         hook.remove()
-    return _Seen(*(torch.cat(parts)[:num].numpy() for parts in (outputs, hidden, labels)))
+    found = [torch.cat(parts)[:num].numpy() for parts in (outputs, hidden, labels)]
+    return found[0], found[1], found[2]
 
 
-def _pixels(shards: ShardSet, split: str, positions: Sequence[int]) -> dict[int, Pixels]:
-    """The central crops of the images at `positions`, in stored order, of a split."""
-    if not positions:
-        return {}
-    wanted, found = set(positions), dict[int, Pixels]()
-    for position, image in enumerate(_stored(first_shards(shards, split, max(wanted) + 1), split)):
-        if position in wanted:
-            found[position] = image[_CROP, _CROP].copy()
-    return found
+class StoredImages:
+    """The images of a split by their position in stored order, each read where it lies in its tar."""
 
+    def __init__(self, shards: ShardSet, split: str) -> None:
+        self._shards, self._split, self._indices = shards, split, dict[str, Index]()
 
-def _stored(shards: ShardSet, split: str) -> Iterator[Pixels]:
-    for batch in read_pixels(shards, split=split):
-        yield from batch.images.numpy()
+    def label(self, position: int) -> int:
+        """The class of an image. Raises UserError for damaged shards, as `crop` does."""
+        return self._read(position)[1]
+
+    def crop(self, position: int) -> Pixels:
+        """The central crop (224, 224, 3), as evaluation sees it."""
+        top, left = CENTRE_PX
+        return self._read(position, decode=True)[0][top : top + CROP_SIZE_PX, left : left + CROP_SIZE_PX]
+
+    def _read(self, position: int, *, decode: bool = False) -> tuple[Pixels, int]:
+        held, encoding = iter(self._shards.shards(self._split)), self._shards.manifest.encoding
+        while position >= (shard := next(held)).samples:
+            position -= shard.samples
+        tar = self._shards.root / shard.file
+        try:
+            if shard.file not in self._indices:
+                self._indices[shard.file] = read_index(tar.with_suffix(".idx"), shard, ENDINGS[encoding])
+            _, offsets, sizes, labels = self._indices[shard.file]
+            with tar.open("rb") as file:
+                file.seek(int(labels[position]))
+                label = int(file.read(CLS_DIGITS))
+                file.seek(int(offsets[position]))
+                image = file.read(int(sizes[position])) if decode else b""
+            if encoding == "raw" or not decode:
+                return np.frombuffer(image, np.uint8).reshape(-1, 256, 3), label
+            return simplejpeg.decode_jpeg(image, "RGB"), label
+        except (OSError, ValueError) as error:
+            raise UserError(f"{tar}: a sample cannot be read ({error}); see `alexnet-prep verify`") from error

@@ -1,65 +1,64 @@
-"""What came of a run: its pictures and the few numbers one asks for first.
-
-The decision that shaped it: everything is made from a Study (study.py), so that pictures, summary and page say the same
-of a run, and a picture that cannot be made is named with the reason. Left out: drawing (figures*.py, diagram.py), the
-page (htmlreport.py) and measuring (a run logs what it measures; alexnet-eval does more).
-"""
+"""A run's pictures, and the few numbers one asks for first."""
 
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from trainer.report.data import Study, num_towers, read_study
-from trainer.report.diagram import plot_network
-from trainer.report.pictures import name_runs, plot_curves, plot_kernels, plot_overfitting, plot_training_errors
+from trainer.report.curves import curves_figure, name_runs, overfitting_figure, training_errors_figure
+from trainer.report.data import RunData, count_towers
+from trainer.report.diagram import network_figure
+from trainer.report.pictures import guesses_figure, kernels_figure, neighbours_figure, write_png
 
-FIGURES, CURVES, KERNELS, NETWORK = "figures", "curves.png", "conv1_kernels.png", "network.png"
-GUESSES, NEIGHBOURS = "guesses.png", "neighbours.png"
-TRAINING_ERRORS, OVERFITTING = "training_errors.png", "training_and_validation.png"
-
-
-def report(run: Path, *, shards: str | None = None, num_images: int = 0) -> dict[str, Any]:
-    """Draw the run's pictures into run/figures, and sum it up: `read_study`, `draw`, `summarise`."""
-    study = read_study(run, shards=shards, num_images=num_images)
-    return summarise(study, draw(study))
+FIGURES = "figures"
 
 
-def draw(study: Study) -> list[Path]:
+def draw(data: RunData) -> list[Path]:
     """The run's pictures, into run/figures: curves; of a run with a checkpoint kernels and the network's diagram; with
-    examples, what the net says to eight images, and the training images nearest to some."""
-    folder = study.run / FIGURES
-    figures = [folder / CURVES]
-    plot_curves(study.metrics, folder / CURVES, num_classes=study.num_classes)
-    if study.weights:
-        figures.append(folder / KERNELS)
-        plot_kernels(study.weights["conv1.weight"].numpy(), folder / KERNELS, num_towers(study.weights))
-    if study.model:
-        figures.append(folder / NETWORK)
-        plot_network(study.model, folder / NETWORK)
-    if study.examples:
-        from trainer.report.pictures import plot_guesses, plot_neighbours  # here: what they draw needs DALI
-
-        names = [name for _, name in study.classes]
-        figures += [folder / GUESSES, folder / NEIGHBOURS]
-        plot_guesses(study.examples, names, folder / GUESSES)
-        plot_neighbours(study.examples, names, folder / NEIGHBOURS)
-    return figures
+    examples, what the net says to eight images, and the training images nearest to some. Returns the paths."""
+    figures = {"curves.png": curves_figure(data.metrics, data.num_classes)}
+    if data.weights:
+        figures["conv1_kernels.png"] = kernels_figure(data.weights["conv1.weight"].numpy(), count_towers(data.weights))
+    if data.model:
+        figures["network.png"] = network_figure(data.model)
+    if data.examples:
+        names, found = data.class_names, data.examples
+        figures["guesses.png"] = guesses_figure(found.guesses, names)
+        figures["neighbours.png"] = neighbours_figure(found.rows, names, found.num_searched)
+    for name, figure in figures.items():
+        write_png(figure, data.run / FIGURES / name)
+    return [data.run / FIGURES / name for name in figures]
 
 
-def summarise(study: Study, figures: Sequence[Path] = ()) -> dict[str, Any]:
+def compare(runs: Sequence[RunData]) -> list[Path]:
+    """Draw several runs into the first one's figures: training errors as the paper's figure 1, and training beside
+    validation. Returns the paths."""
+    metrics = dict(zip(label_runs(runs), (data.metrics for data in runs), strict=True))
+    paths = [runs[0].run / FIGURES / name for name in ("training_errors.png", "training_and_validation.png")]
+    write_png(training_errors_figure(metrics), paths[0])
+    write_png(overfitting_figure(metrics), paths[1])
+    return paths
+
+
+def label_runs(runs: Sequence[RunData]) -> list[str]:
+    """A label for each run, all different: what sets their recipes apart, else their names, else their folders."""
+    labels = name_runs([data.name for data in runs], [data.config.get("recipe", {}) for data in runs])
+    return labels if len(set(labels)) == len(labels) else [str(data.run) for data in runs]
+
+
+def summarise(data: RunData, figures: Sequence[Path] = ()) -> dict[str, Any]:
     """A run in a few numbers, ready for JSON: run, num_epochs; top1_error, top5_error (%, centre crop) and best_epoch
     of the best evaluation; ten_crop_top1_error, ten_crop_top5_error (%) of the last one with ten crops; images_per_s
     (median), data_wait_fraction (mean, 0 to 1); checkpoint and figures (paths); left_out: what could not be drawn, and
     why. What the run does not have yet is None."""
-    train, evals = study.records("train"), study.records("eval")
+    train, evals = data.records("train"), data.records("eval")
     centre = [record for record in evals if record["crops"] == "centre" and record["top1_error"] is not None]
     best = min(centre, key=lambda record: record["top1_error"], default={})
     ten: dict[str, Any] = next((record for record in reversed(evals) if record["crops"] == "ten"), {})
     rates = [record["images_per_s"] for record in train if record["images_per_s"] is not None]
     waits = [record["data_wait_fraction"] for record in train if record["data_wait_fraction"] is not None]
     return {
-        "run": str(study.run),
+        "run": str(data.run),
         "num_epochs": max(record["epoch"] for record in (*train, *evals)),
         "best_epoch": best.get("epoch"),
         "top1_error": best.get("top1_error"),
@@ -68,30 +67,14 @@ def summarise(study: Study, figures: Sequence[Path] = ()) -> dict[str, Any]:
         "ten_crop_top5_error": ten.get("top5_error"),
         "images_per_s": statistics.median(rates) if rates else None,
         "data_wait_fraction": statistics.fmean(waits) if waits else None,
-        "checkpoint": str(study.saved) if study.saved else None,
+        "checkpoint": str(data.checkpoint) if data.checkpoint else None,
         "figures": [str(figure) for figure in figures],
-        "left_out": study.left_out,
+        "left_out": data.left_out,
     }
 
 
-def label_runs(studies: Sequence[Study]) -> list[str]:
-    """A label for each run, all different: what sets their recipes apart, else their names, else their folders."""
-    labels = name_runs([study.name for study in studies], [study.config.get("recipe", {}) for study in studies])
-    return labels if len(set(labels)) == len(labels) else [str(study.run) for study in studies]
-
-
-def compare(studies: Sequence[Study]) -> list[Path]:
-    """Draw several runs into the first one's figures: training errors as the paper's figure 1, and training beside
-    validation. Returns the paths."""
-    metrics = dict(zip(label_runs(studies), (study.metrics for study in studies), strict=True))
-    folder = studies[0].run / FIGURES
-    plot_training_errors(metrics, folder / TRAINING_ERRORS)
-    plot_overfitting(metrics, folder / OVERFITTING)
-    return [folder / TRAINING_ERRORS, folder / OVERFITTING]
-
-
 def format_summary(summary: dict[str, Any]) -> str:
-    """`report`'s summary as plain lines for a person."""
+    """What `summarise` returns as plain lines for a person."""
     lines = [("run", summary["run"]), ("epochs", str(summary["num_epochs"]))]
     if summary["best_epoch"] is not None:
         best = f"{_errors(summary['top1_error'], summary['top5_error'])}  (centre crop, epoch {summary['best_epoch']})"

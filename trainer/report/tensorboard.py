@@ -1,104 +1,31 @@
-"""TensorBoard: the numbers of metrics.jsonl, the first layer, and what the net says to a few validation images."""
+"""TensorBoard: the numbers of metrics.jsonl, the first layer, and what the net says to a few validation images.
+
+Events go through TensorBoard's own writer of records, at once, and not through SummaryWriter: that puts the host's name
+into the file's, and a thread of its prints a traceback when the disk is full.
+"""
 
 import importlib.util
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
-import simplejpeg
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.colors import ColorStats
 from pipeline.common.errors import UserError
-from pipeline.manifest import CLS_DIGITS, ENDINGS
-from pipeline.options import CENTRE_PX, CROP_SIZE_PX
-from pipeline.shards import Index, ShardSet, read_index
+from pipeline.shards import ShardSet
 from trainer.evaluate import log_probabilities
 from trainer.model import AlexNet
 from trainer.nets.predict import Guess, find_best
 from trainer.nets.weights import Classes
 from trainer.recipe import Recipe
+from trainer.report.examples import NUM_GUESSES, StoredImages, choose_shown
 from trainer.report.pictures import kernel_grid
-
-NUM_SAMPLES = 8  # paper, figure 4
-_MOST_TRIED = 64  # images, on the way to one of a new class
-
-
-@dataclass(frozen=True, eq=False)
-class Samples:
-    """N images: central crops uint8 (N, 224, 224, 3); as the net sees them, float32 (N, 3, 224, 224); classes (N,)."""
-
-    pixels: NDArray[np.uint8]
-    images: Tensor
-    labels: list[int]
-    classes: Classes
-
-    @torch.no_grad()
-    def ask(self, model: AlexNet, dtype: torch.dtype) -> list[tuple[Guess, ...]]:
-        """The five likeliest classes of each, by the model as it is; it is left in evaluation mode."""
-        model.eval()
-        device = next(model.parameters()).device
-        outputs = log_probabilities(model, self.images.to(device), dtype).cpu()
-        return [find_best(row, self.classes) for row in outputs]
-
-
-def read_samples(shards: ShardSet, colors: ColorStats, recipe: Recipe, num: int = NUM_SAMPLES) -> Samples | None:
-    """`num` validation images, evenly spaced over the split in the order of keys, each moved on to the next of a class
-    not seen yet where there is one near; None if there are no images.
-
-    Raises UserError for damaged shards.
-    """
-    if not shards.num_samples("val"):
-        return None
-    total = shards.num_samples("val")
-    num, indices = min(num, total), dict[str, Index]()
-    chosen: dict[int, tuple[bytes, int]] = {}
-    for place in range(num):
-        start = (2 * place + 1) * total // (2 * num)
-        ahead = [position for step in range(_MOST_TRIED) if (position := (start + step) % total) not in chosen]
-        seen = {label for _, label in chosen.values()}
-        found = ((position, _read_sample(shards, position, indices)) for position in ahead)
-        position, sample = next((pair for pair in found if pair[1][1] not in seen), (ahead[0], None))
-        chosen[position] = sample or _read_sample(shards, position, indices)
-    stored, labels = np.empty((num, 256, 256, 3), np.uint8), []
-    for place, (_, (image, label)) in enumerate(sorted(chosen.items())):
-        if shards.manifest.encoding == "raw":
-            stored[place] = np.frombuffer(image, np.uint8).reshape(256, 256, 3)
-        else:
-            simplejpeg.decode_jpeg(image, "RGB", buffer=stored[place])
-        labels.append(label)
-    top, left = CENTRE_PX
-    crops = stored[:, top : top + CROP_SIZE_PX, left : left + CROP_SIZE_PX].copy()
-    finish = recipe.transform(train=False).constants(colors).finisher(torch.device("cpu"))
-    return Samples(crops, finish(torch.from_numpy(crops), None), labels, shards.manifest.classes)
-
-
-def _read_sample(shards: ShardSet, position: int, indices: dict[str, Index]) -> tuple[bytes, int]:
-    """The stored image and class of the validation image at `position`. `indices`: those read so far, by shard."""
-    held = iter(shards.shards("val"))
-    while position >= (shard := next(held)).samples:
-        position -= shard.samples
-    tar = shards.root / shard.file
-    try:
-        if shard.file not in indices:
-            indices[shard.file] = read_index(tar.with_suffix(".idx"), shard, ENDINGS[shards.manifest.encoding])
-        _, offsets, sizes, labels = indices[shard.file]
-        with tar.open("rb") as file:
-            image = _read(file, int(offsets[position]), int(sizes[position]))
-            return image, int(_read(file, int(labels[position]), CLS_DIGITS))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{tar}: a sample cannot be read ({error}); see `alexnet-prep verify`") from error
-
-
-def _read(file: BinaryIO, offset: int, size: int) -> bytes:
-    file.seek(offset)
-    return file.read(size)
-
 
 FOLDER = "tensorboard"
 _KERNELS_WIDTH_PX = 400
@@ -121,8 +48,42 @@ _SCALARS = {
 }
 
 
-class EventFile:
-    """An event file of a run being trained, open at its end. Get one from `open_events`; one process writes it."""
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """N images: central crops uint8 (N, 224, 224, 3); as the net sees them, float32 (N, 3, 224, 224); classes (N,)."""
+
+    pixels: NDArray[np.uint8]
+    images: Tensor
+    labels: list[int]
+    classes: Classes
+
+    @torch.no_grad()
+    def ask(self, model: AlexNet, dtype: torch.dtype) -> list[tuple[Guess, ...]]:
+        """The five likeliest classes of each, by the model as it is; it is left in evaluation mode."""
+        model.eval()
+        device = next(model.parameters()).device
+        outputs = log_probabilities(model, self.images.to(device), dtype).cpu()
+        return [find_best(row, self.classes) for row in outputs]
+
+
+def read_samples(shards: ShardSet, colors: ColorStats, recipe: Recipe, num: int = NUM_GUESSES) -> Samples | None:
+    """`num` validation images as `choose_shown` chooses them; None if there are none.
+
+    Raises UserError for damaged shards.
+    """
+    stored = StoredImages(shards, "val")
+    chosen = choose_shown(shards.num_samples("val"), num, stored.label)
+    if not chosen:
+        return None
+    pixels = np.stack([stored.crop(position) for position in chosen])
+    finish = recipe.transform(train=False).constants(colors).finisher(torch.device("cpu"))
+    labels = [stored.label(position) for position in chosen]
+    return Samples(pixels, finish(torch.from_numpy(pixels), None), labels, shards.manifest.classes)
+
+
+class Board:
+    """The events of a run being trained: every record; with each evaluation the kernels and what the net says to the
+    samples. Get one from `open_board`; one process writes it."""
 
     def __init__(self, path: Path, after_step: int | None) -> None:
         from tensorboard.compat.proto.event_pb2 import SessionLog
@@ -130,12 +91,49 @@ class EventFile:
 
         path.parent.mkdir(exist_ok=True)
         self._writer = RecordWriter(path.open("xb"))
+        self._samples: Samples | None = None
         self._write(0, file_version="brain.Event:2")
-        if after_step is not None:
+        if after_step is not None:  # readers drop what was written of later steps
             self._write(after_step + 1, session_log=SessionLog(status=SessionLog.START))
 
-    def numbers(self, kind: str, record: Mapping[str, Any]) -> None:
-        """A record of metrics.jsonl, "train" or "eval", as scalars; those that are not finite are left out."""
+    def train(self, record: Mapping[str, Any]) -> None:
+        """A TrainRecord as scalars; those that are not finite are left out."""
+        self._write_scalars("train", record)
+
+    def eval(self, record: Mapping[str, Any]) -> None:
+        """An EvalRecord, likewise."""
+        self._write_scalars("eval", record)
+
+    def show(self, samples: Samples, step: int) -> None:
+        """The images that `look` will ask about, in rows of four at half their size."""
+        self._samples = samples
+        small = np.concatenate([samples.pixels, np.zeros_like(samples.pixels[: -len(samples.pixels) % 4])])[:, ::2, ::2]
+        page = np.concatenate([np.concatenate(list(row), axis=1) for row in small.reshape(-1, 4, *small.shape[1:])])
+        self._write_image("samples/images", page, step)
+
+    def look(self, model: AlexNet, dtype: torch.dtype, step: int) -> None:
+        """At the whole net as it is: its first layer, a tower below the other, and what it takes the samples for. It is
+        left in evaluation mode."""
+        from torch.utils.tensorboard.summary import text
+
+        weight = model.conv1.weight.detach().float().cpu().numpy()
+        grids = kernel_grid(weight, model.recipe.num_towers, _KERNELS_WIDTH_PX)
+        gap = np.full((8, grids[0].shape[1], 3), 255, np.uint8)
+        self._write_image("conv1/kernels", np.concatenate([part for grid in grids for part in (grid, gap)][:-1]), step)
+        if not self._samples:
+            return
+        lines = ["| image | class | taken for |", "|---|---|---|"]
+        asked = zip(self._samples.labels, self._samples.ask(model, dtype), strict=True)
+        for number, (label, best) in enumerate(asked, start=1):
+            mark = "✓" if best[0].index == label else "✗"
+            guesses = ", ".join(f"{_literal(guess.name)} {100 * guess.probability:.1f} %" for guess in best)
+            lines.append(f"| {number} | {mark} {_literal(self._samples.classes[label].name)} | {guesses} |")
+        self._write(step, summary=text("samples/answers", "\n".join(lines)))
+
+    def close(self) -> None:
+        self._writer.close()
+
+    def _write_scalars(self, kind: str, record: Mapping[str, Any]) -> None:
         from torch.utils.tensorboard.summary import scalar
 
         for field, tag in _SCALARS[kind].items():
@@ -143,67 +141,16 @@ class EventFile:
             if value is not None and np.isfinite(value):
                 self._write(record["step"], summary=scalar(tag, value))
 
-    def kernels(self, model: AlexNet, step: int) -> None:
-        """What the first layer looks like, a tower below the other."""
+    def _write_image(self, tag: str, pixels: NDArray[np.uint8], step: int) -> None:
         from torch.utils.tensorboard.summary import image
 
-        weight = model.conv1.weight.detach().float().cpu().numpy()
-        grids = kernel_grid(weight, model.recipe.num_towers, _KERNELS_WIDTH_PX)
-        gap = np.full((8, grids[0].shape[1], 3), 255, np.uint8)
-        page = np.concatenate([part for grid in grids for part in (grid, gap)][:-1])
-        self._write(step, summary=image("conv1/kernels", page, dataformats="HWC"))
-
-    def samples(self, samples: Samples, step: int) -> None:
-        """The sample images, once, in rows of four at half their size."""
-        from torch.utils.tensorboard.summary import image
-
-        small = np.concatenate([samples.pixels, np.zeros_like(samples.pixels[: -len(samples.pixels) % 4])])[:, ::2, ::2]
-        page = np.concatenate([np.concatenate(list(row), axis=1) for row in small.reshape(-1, 4, *small.shape[1:])])
-        self._write(step, summary=image("samples/images", page, dataformats="HWC"))
-
-    def answers(self, samples: Samples, model: AlexNet, dtype: torch.dtype, step: int) -> None:
-        """What the net takes the samples for, as a table."""
-        from torch.utils.tensorboard.summary import text
-
-        lines = ["| image | class | taken for |", "|---|---|---|"]
-        for number, (label, best) in enumerate(zip(samples.labels, samples.ask(model, dtype), strict=True), start=1):
-            mark = "✓" if best[0].index == label else "✗"
-            guesses = ", ".join(f"{_literal(guess.name)} {100 * guess.probability:.1f} %" for guess in best)
-            lines.append(f"| {number} | {mark} {_literal(samples.classes[label].name)} | {guesses} |")
-        self._write(step, summary=text("samples/answers", "\n".join(lines)))
-
-    def close(self) -> None:
-        self._writer.close()
+        self._write(step, summary=image(tag, pixels, dataformats="HWC"))
 
     def _write(self, step: int, **content: Any) -> None:
         from tensorboard.compat.proto.event_pb2 import Event
 
         self._writer.write(Event(wall_time=time.time(), step=step, **content).SerializeToString())
         self._writer.flush()
-
-
-class Board:
-    """What of a run goes to TensorBoard: every record; with each evaluation the kernels and the samples' answers."""
-
-    def __init__(self, events: EventFile, samples: Samples | None, step: int) -> None:
-        self._events, self._samples = events, samples
-        if samples:
-            events.samples(samples, step)
-
-    def train(self, record: Mapping[str, Any]) -> None:
-        self._events.numbers("train", record)
-
-    def eval(self, record: Mapping[str, Any]) -> None:
-        self._events.numbers("eval", record)
-
-    def look(self, model: AlexNet, dtype: torch.dtype, step: int) -> None:
-        """At the whole net as it is; it is left in evaluation mode."""
-        self._events.kernels(model, step)
-        if self._samples:
-            self._events.answers(self._samples, model, dtype, step)
-
-    def close(self) -> None:
-        self._events.close()
 
 
 def is_wanted(asked: bool | None) -> bool:
@@ -218,12 +165,14 @@ def open_board(run: Path, shards: ShardSet, colors: ColorStats, recipe: Recipe, 
     """A board of a run, in its folder `tensorboard`; `after_step`: of a resumed run, its checkpoint's."""
     folder = run / FOLDER
     number = len(list(folder.iterdir())) if folder.is_dir() else 0
-    events = EventFile(folder / f"events.out.tfevents.{int(time.time()):010d}.{number:04d}", after_step)
+    board = Board(folder / f"events.out.tfevents.{int(time.time()):010d}.{number:04d}", after_step)
     try:
         samples = read_samples(shards, colors, recipe)
     except UserError:  # a damaged shard: then there are no samples; whoever reads that one will say so
         samples = None
-    return Board(events, samples, after_step or 0)
+    if samples:
+        board.show(samples, after_step or 0)
+    return board
 
 
 def _literal(name: str) -> str:

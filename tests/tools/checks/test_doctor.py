@@ -11,9 +11,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from tools.checks import doctor
-from tools.checks import facts as diskspeed
-from tools.checks import facts as probes
+from tools.checks import doctor, facts
 from tools.checks.doctor import Check, judge, spell
 from tools.cli import group
 
@@ -143,11 +141,11 @@ def test_operators_that_could_not_be_compiled_are_told_with_what_they_need():
 
 
 def test_a_decoder_that_left_its_work_to_the_cpu_is_told_by_equal_bits():
-    _, pixels = doctor.make_jpeg()
+    _, pixels = facts.make_jpeg()
     other = pixels.copy()
     other[3, 4, 1] ^= 1
-    assert doctor.fell_back(pixels, pixels.copy()) and not doctor.fell_back(pixels, other)
-    assert not doctor.fell_back(pixels, "nvjpeg failed") and not doctor.fell_back("no", "no")
+    assert facts.fell_back(pixels, pixels.copy()) and not facts.fell_back(pixels, other)
+    assert not facts.fell_back(pixels, "nvjpeg failed") and not facts.fell_back("no", "no")
 
 
 def test_extras_are_those_of_the_package():
@@ -155,9 +153,9 @@ def test_extras_are_those_of_the_package():
     extras = dict(project["optional-dependencies"])
     for ours in ("dev", "docs"):
         del extras[ours]
-    assert set(extras) <= set(doctor.EXTRAS)
+    assert set(extras) <= set(facts.EXTRAS)
     for extra, wanted in extras.items():
-        assert {requirement.split(">")[0].split("[")[0] for requirement in wanted} == set(doctor.EXTRAS[extra])
+        assert {requirement.split(">")[0].split("[")[0] for requirement in wanted} == set(facts.EXTRAS[extra])
 
 
 def test_shards_behind_a_url_are_left_alone():
@@ -167,47 +165,47 @@ def test_shards_behind_a_url_are_left_alone():
 
 def test_the_lines_of_nvidia_smi_are_read():
     out = "550.54.15, 81559, 9.0, NVIDIA H100 80GB HBM3\n550.54.15, [N/A], 12.1, NVIDIA GB10, odd name\n"
-    facts = probes.parse_smi(out)
-    assert facts["version"] == "550.54.15"
-    assert facts["gpus"][0] == {
+    told = facts.parse_smi(out)
+    assert told["version"] == "550.54.15"
+    assert told["gpus"][0] == {
         "name": "NVIDIA H100 80GB HBM3",
         "memory_bytes": 81559 << 20,
         "compute_capability": "9.0",
     }
-    assert facts["gpus"][1]["memory_bytes"] is None and facts["gpus"][1]["name"] == "NVIDIA GB10, odd name"
-    assert "error" in probes.parse_smi("") and "error" in probes.parse_smi("No devices were found\n")
+    assert told["gpus"][1]["memory_bytes"] is None and told["gpus"][1]["name"] == "NVIDIA GB10, odd name"
+    assert "error" in facts.parse_smi("") and "error" in facts.parse_smi("No devices were found\n")
 
 
 def test_nvidia_smi_is_asked_where_it_is_and_its_failure_told(tmp_path, monkeypatch):
     program = tmp_path / "nvidia-smi"
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert probes.find_driver() == {}
+    assert facts.find_driver() == {}
     program.write_text("#!/bin/sh\necho 'Driver/library version mismatch'\nexit 18\n")
     program.chmod(0o755)
-    assert probes.find_driver() == {"error": "Driver/library version mismatch (status 18)"}
+    assert facts.find_driver() == {"error": "Driver/library version mismatch (status 18)"}
     program.write_text("#!/bin/sh\necho '580.1, 1024, 8.9, L4'\n")
-    assert probes.find_driver()["gpus"] == [{"name": "L4", "memory_bytes": GIB, "compute_capability": "8.9"}]
+    assert facts.find_driver()["gpus"] == [{"name": "L4", "memory_bytes": GIB, "compute_capability": "8.9"}]
 
 
-def test_a_probe_that_hangs_crashes_or_babbles_is_an_error_in_one_line(monkeypatch):
+def test_a_process_that_hangs_crashes_or_babbles_is_an_error_in_one_line(monkeypatch):
     forever = [sys.executable, "-c", "import signal; signal.pause()"]
-    assert probes.run_program(forever, timeout_s=0.5) == ("", "no answer within 0 s")
-    assert probes.run_program([sys.executable, "-c", "import no_such"])[1].startswith("ModuleNotFoundError: No module")
-    assert "status -11" in probes.run_program([sys.executable, "-c", "import os; os.kill(os.getpid(), 11)"])[1]
-    assert probes.run_program(["/no/such/program"])[1] == "/no/such/program: No such file or directory"
-    assert "KeyError" in probes.ask("no such probe")["error"]
-    monkeypatch.setattr(probes, "run_program", lambda *_: ("hello", ""))
-    assert "expected JSON" in probes.ask("torch")["error"]
-    monkeypatch.setattr(probes, "run_program", lambda *_: ('chatter\n{"a": 1}\n', ""))
-    assert probes.ask("torch") == {"a": 1}
+    assert facts.run_program(forever, timeout_s=0.5) == ("", "no answer within 0 s")
+    assert facts.run_program([sys.executable, "-c", "import no_such"])[1].startswith("ModuleNotFoundError: No module")
+    assert "status -11" in facts.run_program([sys.executable, "-c", "import os; os.kill(os.getpid(), 11)"])[1]
+    assert facts.run_program(["/no/such/program"])[1] == "/no/such/program: No such file or directory"
+    assert "KeyError" in facts.ask("no such facts")["error"]
+    monkeypatch.setattr(facts, "run_program", lambda *_: ("hello", ""))
+    assert "expected JSON" in facts.ask("torch")["error"]
+    monkeypatch.setattr(facts, "run_program", lambda *_: ('chatter\n{"a": 1}\n', ""))
+    assert facts.ask("torch") == {"a": 1}
 
 
 def test_dali_decodes_a_jpeg_and_what_it_cannot_decode_is_told():
-    jpeg, pixels = doctor.make_jpeg()
-    assert np.abs(doctor._try_decoding("cpu", jpeg, pixels).astype(int) - pixels).mean() < 3
-    assert "grey levels off" in str(doctor._try_decoding("cpu", jpeg, 255 - pixels))
-    assert "shape" in str(doctor._try_decoding("cpu", jpeg, pixels[:32]))
-    said = doctor._try_decoding("cpu", jpeg[:100], pixels)
+    jpeg, pixels = facts.make_jpeg()
+    assert np.abs(facts._try_decoding("cpu", jpeg, pixels).astype(int) - pixels).mean() < 3
+    assert "grey levels off" in str(facts._try_decoding("cpu", jpeg, 255 - pixels))
+    assert "shape" in str(facts._try_decoding("cpu", jpeg, pixels[:32]))
+    said = facts._try_decoding("cpu", jpeg[:100], pixels)
     assert isinstance(said, str) and "\n" not in said
 
 
@@ -223,19 +221,19 @@ class FakeClock:
 @pytest.mark.parametrize("direct", [True, False])
 def test_the_disk_is_read_to_the_end_and_at_random_places(tmp_path, monkeypatch, direct):
     if not direct:
-        monkeypatch.setattr(diskspeed, "_knows_direct", lambda _: False)
+        monkeypatch.setattr(facts, "_knows_direct", lambda _: False)
     files = []
     for number, size in enumerate((9 << 20, 4 << 20, 12_345, 0)):
         files.append(tmp_path / f"{number}.tar")
         files[-1].write_bytes(b"x" * size)
-    speed = diskspeed.measure(files, clock=FakeClock(0.001))
+    speed = facts.measure(files, clock=FakeClock(0.001))
     assert speed.sequential_bytes == (13 << 20) + 12_345
     assert speed.random_pieces == 512 and 0 < speed.random_bytes <= 512 << 17
     assert direct or not speed.direct
-    short = diskspeed.measure(files, clock=FakeClock(1.0))
+    short = facts.measure(files, clock=FakeClock(1.0))
     assert short.sequential_bytes == 4 << 20 and short.random_pieces == 1  # the time was over
     with pytest.raises(ValueError, match="no bytes"):
-        diskspeed.measure(files[3:])
+        facts.measure(files[3:])
 
 
 def run_doctor(*words: object) -> tuple[int, dict[str, dict]]:
@@ -256,8 +254,8 @@ def test_this_machine_passes_with_its_shards_examined(ready_shards):
 def test_damaged_shards_are_a_problem_and_the_exit_status_says_so(shard_dir, tmp_path, monkeypatch):
     folder = shutil.copytree(shard_dir, tmp_path / "shards")
     answers = {"dali": HEALTHY["dali"], "torch": HEALTHY["torch"]}  # the others are asked in earnest above
-    really_ask = probes.ask
-    monkeypatch.setattr(probes, "ask", lambda probe, *args, **kw: answers.get(probe) or really_ask(probe, *args, **kw))
+    really_ask = facts.ask
+    monkeypatch.setattr(facts, "ask", lambda name, *args, **kw: answers.get(name) or really_ask(name, *args, **kw))
     status, checks = run_doctor("--shards", folder)
     assert status == 0 and checks["colours"]["state"] == "warning" and "alexnet-prep pca" in checks["colours"]["found"]
     (folder / "train-000001.tar").unlink()

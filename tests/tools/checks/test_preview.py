@@ -115,12 +115,18 @@ def test_more_samples_than_there_are_is_an_error(shards, colors):
         draw_samples(shards, colors, num_samples=65)
 
 
-@pytest.mark.parametrize("row", ["", "jpg 512 x 0.jpg cls 1 5 0.cls", "jpg 512 99 0.jpg cls 5000000 5 0.cls"])
-def test_an_index_that_does_not_fit_is_an_error_that_names_verify(shards, colors, tmp_path, row):
+LATE = "jpg 512 99 000000000.jpg cls 50000000 5 000000000.cls"
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [("", "has the row ''"), ("jpg 512 x 0.jpg cls 1 5 0.cls", "has the row"), (LATE, "says 000000000")],
+)
+def test_an_index_that_does_not_fit_is_an_error_that_names_verify(shards, colors, tmp_path, row, words):
     copy = ShardSet.open(shutil.copytree(shards.root, tmp_path / "shards"))
     path = copy.indices("train")[1]
     path.write_text("\n".join(["v1.2 16", *[row] * 16, ""]))
-    with pytest.raises(UserError, match=r"train-000001.idx: row \d+ does not fit its tar .*alexnet-prep verify"):
+    with pytest.raises(UserError, match=rf"train-000001.idx: damaged index \({words}.*alexnet-prep verify"):
         draw_samples(copy, colors, num_samples=64)
 
 

@@ -27,7 +27,7 @@ from tests.tools.checks.verifying import (
     shard,
 )
 from tools.checks.verify import REMEDIES, verify
-from tools.sharding.lock import Lock
+from tools.sharding.lock import lock_store
 from tools.sharding.store import open_store
 
 # Fixtures; imported by name they would be taken for variables that each test redefines.
@@ -103,7 +103,7 @@ def test_that_sources_cannot_be_held_against_the_job_is_said(synth_tree, tmp_pat
 
 
 def test_a_lock_is_told_and_no_problem(folder, tree):
-    with Lock(open_store(folder), "job", None):
+    with lock_store(open_store(folder), "job", None):
         (remark,) = check(folder).remarks
         assert remark.startswith(f"in use by process {os.getpid()} on ") and check(folder).problems == ()
 
@@ -208,7 +208,8 @@ CHANGES = {
     "layout": (lambda m: m.update(layout="golder"), "layout 'golder'"),
     "encoding": (lambda m: m.update(encoding="jpfg"), "encoding 'jpfg'"),
     "size": (lambda m: m.update(size_px=255), "size_px 255"),
-    "type": (lambda m: m.update(seed="0"), "a name or value that no manifest has"),
+    "type": (lambda m: m.update(seed="0"), "manifest"),
+    "name": (lambda m: m.update(sead=0), "a name or value that no manifest has"),
     "schema": (lambda m: m.update(schema=2), "schema is 2, expected 1"),
     "wnid": (lambda m: m["classes"][0].update(wnid="bat"), "class 0 is 'bat'"),
     "order of wnids": (lambda m: m["classes"][0].update(wnid="zebra"), "wnids that are not in sorted order"),

@@ -73,7 +73,7 @@ def test_a_foreign_member_is_named_and_never_written(folder, name):
     assert sorted(path.name for path in folder.parent.rglob("*")) == before
 
 
-@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE])
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE, tarfile.XHDTYPE])
 def test_a_member_that_is_no_file_is_named(folder, kind):
     link = tarfile.TarInfo("000000077.jpg")
     link.type, link.linkname = kind, "../../secret"

@@ -24,8 +24,8 @@ from pipeline.shards import ShardSet
 from tests.sharding import hash_output, make, read_samples
 from tools.sharding.make import make_shards
 from tools.sharding.output import TEMPORARY_AGE_S, find_finished
-from tools.sharding.preparer import make_preparer
 from tools.sharding.store import FolderStore
+from tools.sharding.write import prepare
 from tools.sources.source import open_source
 
 # What is on disk
@@ -38,7 +38,6 @@ def test_train_is_shuffled_over_the_whole_and_not_within_a_class(shard_dir):
 
 def test_samples_read_back_with_webdataset_are_rgb_squares_with_the_right_labels(shard_dir, synth_tree):
     source = open_source(synth_tree)
-    prepare = make_preparer(device="cpu", encoding="jpeg", quality=90)
     for split, expected in (("train", 64), ("val", 24)):
         urls = [str(path) for path in ShardSet.open(shard_dir).tars(split)]
         samples = list(webdataset.WebDataset(urls, shardshuffle=False))
@@ -48,7 +47,7 @@ def test_samples_read_back_with_webdataset_are_rgb_squares_with_the_right_labels
             assert int(sample["cls"]) == entry.label and len(sample["cls"]) == 5
             with Image.open(io.BytesIO(sample["jpg"])) as image:
                 assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (256, 256))
-            assert sample["jpg"] == prepare([source.read(entry)])[0].content
+            assert sample["jpg"] == prepare(source.read(entry), encoding="jpeg", quality=90).content
 
 
 def test_every_image_has_its_position_in_the_canonical_order_as_key(shard_dir):
@@ -232,10 +231,10 @@ def test_raw_shards_hold_the_pixels_and_say_so(tree, tmp_path):
     assert (manifest.encoding, manifest.quality) == ("raw", 100)
     samples = read_samples(out, "train", "rgb")
     assert len(samples) == 12 and {len(image) for image, _ in samples.values()} == {256 * 256 * 3}
-    prepare = make_preparer(device="cpu", encoding="raw", quality=90)
     source = open_source(tree)
     for key, (image, _) in samples.items():
-        assert image == prepare([source.read(source.entries("train")[int(key)])])[0].content
+        data = source.read(source.entries("train")[int(key)])
+        assert image == prepare(data, encoding="raw", quality=90).content
     assert (out / "train-000000.idx").read_text().splitlines()[1].startswith("rgb 512 196608 ")
     assert make(tree, out, encoding="raw", quality=50).was_complete  # pixels have no quality
 

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import stat
 import subprocess
 
 import pytest
@@ -118,6 +119,30 @@ def test_a_disk_that_fills_up_is_one_error_and_leaves_no_half_files(tree, small_
     assert caught.value.errno == errno.ENOSPC and str(small_disk / "out") in caught.value.filename
     names = {path.name for path in (small_disk / "out").iterdir()}
     assert "manifest.json" not in names and not [name for name in names if ".tmp" in name]
+
+
+@pytest.mark.parametrize("kind", ["write", "create"])
+def test_a_file_is_synced_then_named_then_its_folder_is_synced(tmp_path, monkeypatch, kind):
+    events = []
+    sync, name = os.fsync, os.replace
+
+    def note_sync(descriptor):
+        events.append("folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "file")
+        sync(descriptor)
+
+    def note_name(source, target):
+        events.append("name")
+        name(source, target)
+
+    monkeypatch.setattr(os, "fsync", note_sync)
+    monkeypatch.setattr(os, "replace", note_name)
+    store = FolderStore(tmp_path)
+    if kind == "write":
+        store.write("train-000000.idx", b"1")
+    else:
+        with store.create("train-000000.tar") as file:
+            file.write(b"1")
+    assert events[:3] == ["file", "name", "folder"]
 
 
 def test_a_unit_that_cannot_be_written_leaves_no_file(small_tree, tmp_path):

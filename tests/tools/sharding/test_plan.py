@@ -82,12 +82,16 @@ def test_every_option_and_the_listing_name_the_job():
             Options(samples_per_shard=7),
             Options(quality=91),
             Options(encoding="raw"),
-            Options(device="gpu"),
         )
     ]
     jobs.append(Plan(make_source(9), Options()).job)
     assert len(set(jobs)) == len(jobs)
     assert Plan(make_source(8), Options()).job == jobs[0]
+
+
+def test_the_job_of_a_folder_made_before_is_still_the_same_so_that_it_is_taken_up():
+    at_4c5107f = "f491c04cf851f222528c45c807f9f89d44af707e266ced1755441acb583fbdec"
+    assert Plan(make_source(8), Options()).job == at_4c5107f
 
 
 def test_room_for_raw_pixels_is_exact_but_for_the_end_of_the_tar():

@@ -15,10 +15,12 @@ from pathlib import Path
 import pytest
 
 from pipeline.common.errors import UserError
+from pipeline.common.machine import machine_id, started_ticks
 from pipeline.shards import ShardSet
 from tests.sharding import BROKEN, PREP, hash_output, make, prep, wait_until, wait_until_gone
+from tools.sharding import lock as locking
 from tools.sharding import store as storing
-from tools.sharding.lock import LAPSE_S, Lock, Part, is_lock
+from tools.sharding.lock import LAPSE_S, Part, is_lock, lock_store
 from tools.sharding.store import BucketStore, FolderStore, open_store
 
 pytestmark = pytest.mark.s3
@@ -192,34 +194,94 @@ def test_a_killed_job_is_taken_up_and_its_lock_holds_nobody_up(s3_bucket, synth_
     assert not [name for name in read_bucket(s3_bucket, "out") if is_lock(name)]
 
 
-def test_locks_go_by_the_clock_of_the_bucket(s3_bucket, monkeypatch):
-    store = open_store(f"{s3_bucket.url}/out")
+def write_lock(store, **changes) -> None:
+    """A lock of a process on another machine."""
     raw = {
         "job": "j", "part": None, "host": "node07", "machine": "0123abcd", "pid": 1, "ticks": 1, "started": "then",
-        "command": "shard", "holds": True,
+        "command": "shard", **changes,
     }  # fmt: skip
-    store.write(".lock-" + "0" * 16, json.dumps(raw).encode())
+    store.write(".lock", json.dumps(raw).encode())
+
+
+def list_locks(store) -> list[str]:
+    return list(filter(is_lock, store.list()))
+
+
+def test_a_lock_of_another_machine_holds_until_it_is_old_by_the_clock_of_the_bucket(s3_bucket, monkeypatch):
+    store = open_store(f"{s3_bucket.url}/out")
+    write_lock(store)
     with (
-        pytest.raises(UserError, match=r"in use by process 1 on 'node07' .* last heard of \d s ago"),
-        Lock(store, "j", None),
+        pytest.raises(UserError, match=r"in use by process 1 on 'node07' .* last heard of \d s ago, .* after 180 s"),
+        lock_store(store, "j", None),
     ):
         pass
-    listed = BucketStore.list
+    usual = BucketStore.tell_time_s
+    assert abs(usual(store) - store.list()[".lock"].modified_s) < 60
+    monkeypatch.setattr(BucketStore, "tell_time_s", lambda self: usual(self) + LAPSE_S + 60)
+    with lock_store(store, "j", Part(1, 2)):
+        assert list_locks(store) == [".lock-1-of-2"]
+    assert list_locks(store) == []
 
-    def grow_old(self):
-        return {
-            n: i._replace(modified_s=i.modified_s - (LAPSE_S + 60) * (n[-1] == "0" == n[-9]))
-            for n, i in listed(self).items()
-        }
 
-    monkeypatch.setattr(BucketStore, "list", grow_old)
-    with Lock(store, "j", Part(1, 2)) as lock:
-        assert [name for name in listed(store) if is_lock(name)] == [lock.name]
-        lock.check()
-        store.delete(lock.name)
-        lock._refresh()
-        with pytest.raises(UserError, match="the lock of this job is gone"):
-            lock.check()
+def test_a_process_that_got_the_number_of_a_dead_one_does_not_hold_its_lock(s3_bucket, monkeypatch, capsys):
+    store = open_store(f"{s3_bucket.url}/out")
+    pid, ticks = os.getpid(), started_ticks(os.getpid())
+    monkeypatch.setattr(BucketStore, "tell_time_s", lambda self: 4e9)  # however long it was silent
+    write_lock(store, machine=machine_id(), pid=pid, ticks=ticks)
+    with pytest.raises(UserError, match=f"in use by process {pid} "), lock_store(store, "j", None):
+        pass
+    write_lock(store, machine=machine_id(), pid=pid, ticks=ticks - 1)
+    with lock_store(store, "j", None):
+        assert list_locks(store) == [".lock"]
+    assert f"the lock of process {pid} on 'node07' since then (shard) is stale" in capsys.readouterr().err
+
+
+def test_an_attempt_whose_answer_was_lost_does_not_refuse_itself(s3_bucket):
+    store = open_store(f"{s3_bucket.url}/out")
+    assert [store.write_new("one", data) for data in (b"1", b"1", b"2")] == [True, True, False]
+    assert store.read("one") == b"1"
+
+
+def test_the_lock_of_a_bucket_is_refreshed_while_it_is_held(s3_bucket, monkeypatch):
+    monkeypatch.setattr(locking, "REFRESH_S", 0.01)
+    store = open_store(f"{s3_bucket.url}/out")
+    with lock_store(store, "j", None) as check:
+        wait_until(lambda: list_puts(s3_bucket).count(".lock") > 2, "refreshing")
+        check()
+    assert list_locks(store) == []
+
+
+@pytest.mark.parametrize("taken", [True, False])
+def test_who_was_taken_for_dead_is_told_and_does_not_take_the_lock_back(s3_bucket, monkeypatch, taken):
+    store = open_store(f"{s3_bucket.url}/out")
+    with lock_store(store, "j", None) as check:
+        check()
+        monkeypatch.setattr(locking, "LAPSE_S", 0.0)  # as after a long sleep
+        if taken:
+            write_lock(store)
+        else:
+            store.delete(".lock")
+        with pytest.raises(UserError, match=r"the lock of this job is gone.*run the same command again"):
+            check()
+    assert list_locks(store) == [".lock"] * taken
+
+
+def test_a_refresh_that_fails_is_no_loss_until_it_is_known_to_be_one(s3_bucket, monkeypatch):
+    store = open_store(f"{s3_bucket.url}/out")
+    with lock_store(store, "j", None) as check:
+
+        def fail(_self, _name):
+            raise OSError(5, "Input/output error")
+
+        monkeypatch.setattr(BucketStore, "read", fail)
+        check()
+        monkeypatch.setattr(locking, "LAPSE_S", 0.0)  # from now on each check asks
+        check()
+        monkeypatch.undo()
+        monkeypatch.setattr(locking, "LAPSE_S", 0.0)
+        store.delete(".lock")
+        with pytest.raises(UserError, match="is gone"):
+            check()
 
 
 # What goes wrong
@@ -357,13 +419,11 @@ def test_what_is_written_is_listed_read_replaced_and_deleted(store):
     assert all(abs(item.modified_s - time.time()) < 60 for item in listed.values())
     assert (store.read("one"), store.read("two")) == (b"12", b"123")
     assert store.locate("one") == f"{store}/one"
-    store.refresh("one")
     for _ in range(2):
         store.delete("one")
     assert list(store.list()) == ["two"]
-    for ask in (store.read, store.refresh):
-        with pytest.raises(FileNotFoundError):
-            ask("one")
+    with pytest.raises(FileNotFoundError):
+        store.read("one")
 
 
 def test_more_files_than_a_page_of_a_listing_holds_are_all_listed(s3_bucket):

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from pipeline.common.errors import UserError
 from pipeline.images.imagenet import load_ilsvrc2012
 from tests.layout_builders import BUILDERS, fill
-from tools.sources.listing import Entry, Listing, name_labels, put_in_order, split_stem, strip_wnid, take_share
+from tools.sources.listing import Entry, Listing, put_in_order, split_stem, strip_wnid, take_share
+from tools.sources.numbered import find_missing, name_labels
 from tools.sources.source import open_source
 
 
@@ -19,7 +20,8 @@ def make_listing(sizes: list[int], seed: int = 0) -> Listing:
     names = [f"class {number}" for number in range(len(sizes))]
     train = [Entry(f"train/{names[label]}/{n}.JPEG", label) for label, size in enumerate(sizes) for n in range(size)]
     random.Random(seed).shuffle(train)
-    return Listing("folder", Path("root"), names, train, [], lambda entry: b"")
+    labels = {name: label for label, name in enumerate(names)}
+    return Listing("folder", Path("root"), lambda entry: b"", train, labels=labels)
 
 
 # --val-fraction
@@ -136,6 +138,67 @@ def test_a_subset_that_does_not_fit_is_refused_in_one_line(tmp_path, content, me
     with pytest.raises(UserError, match=message) as caught:
         open_source(tree, subset=tmp_path / "names")
     assert "\n" not in str(caught.value)
+
+
+def test_a_subset_knows_a_class_however_its_accents_are_written(tmp_path):
+    tree = fill(tmp_path / "tree", "train/e\u0301tude/1.JPEG", "train/b/1.JPEG")
+    (tmp_path / "names").write_text("\u00e9tude\n", encoding="utf-8")
+    assert [c.wnid for c in open_source(tree, subset=tmp_path / "names").classes] == ["e\u0301tude"]
+
+
+# What names tell besides
+
+
+@pytest.mark.parametrize(
+    ("there", "missing"),
+    [
+        (["train-00000-of-00003", "train-00002-of-00003"], ["train-00001-of-00003"]),
+        (["train-1-of-3", "train-3-of-3"], ["train-2-of-3"]),
+        (["train-0-of-2", "train-1-of-2", "val-1-of-2"], ["val-0-of-2"]),
+        (["data2/train-00000-of-00002-8e07edf9.parquet"], ["data2/train-00001-of-00002"]),
+        (["train-000000.tar", "train-000002.tar", "val-000000.tar"], ["train-000001"]),
+        (
+            ["train/0.tar", "train/9.tar", "train/11.tar", "val/1.tar"],
+            [f"train/{n}" for n in (*range(1, 9), 10)] + ["val/0"],
+        ),
+        (["train-1.tar", "train-2.tar"], []),
+        (["train-101.tar", "train-102.tar", "train-104.tar"], ["train-103"]),
+        (["n01440764.tar", "n01443537.tar", "n01484850.tar"], []),
+        (["train-2012.tar", "train-2015.tar", "train-x.tar"], []),
+        (["train-0.parquet", "train-2.tar"], []),
+    ],
+)
+def test_files_that_the_numbers_of_others_tell_of_are_found(there, missing):
+    assert find_missing(there) == missing
+
+
+def test_an_absurd_total_is_no_work():
+    assert find_missing(["train-00000-of-99999999999.tar"])[0] == "train-00001-of-99999999999"
+
+
+@pytest.mark.parametrize("layout", ["parquet", "webdataset"])
+def test_a_set_with_a_missing_file_is_refused_and_read_where_that_is_allowed(synth_tree, tmp_path, layout):
+    root = BUILDERS[layout](synth_tree, tmp_path, num_files=3)
+    gone = next(path for path in sorted(root.rglob("*train*")) if "0001" in path.name)
+    gone.unlink()
+    name = str(gone.relative_to(root).with_suffix(""))
+    with pytest.raises(UserError, match=f"files are missing by the numbers .*'{name}'; .* --allow-missing"):
+        open_source(root)
+    source = open_source(root, allow_missing=True)
+    assert 0 < len(source.entries("train")) < 64 and any(name in remark for remark in source.remarks)
+
+
+def test_an_image_whose_name_tells_another_class_than_its_folder_is_told(tmp_path):
+    names = ("n01440764/n01440764_1", "n01440764/n01443537_2", "n01440764/n01443537_3", "cat/n01443537_9")
+    tree = fill(tmp_path, *(f"train/{name}.JPEG" for name in names), "val/n01440764/ILSVRC2012_val_00000001.JPEG")
+    [remark] = open_source(tree).remarks
+    assert "contradict the labels: 2 of class 'n01440764' tell n01443537, such as 'train/n01440764/n01443537_" in remark
+
+
+def test_classes_that_differ_in_how_accents_are_written_alone_are_refused(tmp_path):
+    tree = fill(tmp_path, "train/e\u0301tude/1.JPEG", "val/\u00e9tude/2.JPEG")
+    with pytest.raises(UserError, match=r"the classes 'e\\u0301tude' and '\\xe9tude' look alike"):
+        open_source(tree)
 
 
 # Names

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from pipeline.common.errors import UserError
 from pipeline.images.imagenet import load_ilsvrc2012
 from tests.layout_builders import build_parquet
-from tools.sources.parquet_pages import FRAGMENT_BYTES, Column, Unlocatable, locate_values, read_span, walk_fragments
+from tools.sources.archive import OpenFile
+from tools.sources.parquet_pages import FRAGMENT_BYTES, Column, Page, Unlocatable, locate_values, read_place
 from tools.sources.source import open_source
-from tools.sources.spans import OpenFile
 
 SCHEMA = pa.schema([("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])), ("label", pa.int64())])
 
@@ -49,7 +49,7 @@ def locate(path: Path) -> list[bytes]:
         chunk = metadata.row_group(group).column(0)
         start = chunk.dictionary_page_offset if chunk.has_dictionary_page else chunk.data_page_offset
         column = Column(start, chunk.total_compressed_size, chunk.num_values, 2, chunk.compression)
-        found += [read_span(file, span) for span in locate_values(file, column)]
+        found += [read_place(file, place) for place in locate_values(file, column)]
     return found
 
 
@@ -99,11 +99,20 @@ def test_a_snappy_stream_of_fragments_that_depend_on_each_other_is_told_apart(tm
     assert pa.decompress(stream, FRAGMENT_BYTES + 4, codec="snappy", asbytes=True) == value + value[:4]
     (tmp_path / "x").write_bytes(stream)
     with pytest.raises(Unlocatable, match="fragments that depend on each other"):
-        list(walk_fragments(OpenFile(str(tmp_path / "x")), 0, len(stream), FRAGMENT_BYTES + 4))
+        Page(OpenFile(str(tmp_path / "x")), 0, len(stream), FRAGMENT_BYTES + 4, is_snappy=True)
+
+
+def test_a_page_that_tells_of_more_values_than_its_column_is_told_apart(tmp_path):
+    """A damaged number of values would fill the memory with them."""
+    write_values(tmp_path / "x.parquet", [b"x" * 9] * 3)
+    chunk = pq.read_metadata(tmp_path / "x.parquet").row_group(0).column(0)
+    column = Column(chunk.dictionary_page_offset, chunk.total_compressed_size, 2, 2, "SNAPPY")
+    with pytest.raises(Unlocatable, match="more values than expected"):
+        locate_values(OpenFile(str(tmp_path / "x.parquet")), column)
 
 
 def test_damage_never_leads_anywhere_but_to_a_value_or_to_a_full_reader(tmp_path):
-    """Bytes flipped at random in the pages: every outcome is a list of spans or Unlocatable, or OSError on reading."""
+    """Bytes flipped at random in the pages: every outcome is a list of places or Unlocatable, or OSError on reading."""
     path, draw = tmp_path / "x.parquet", random.Random(0)
     write_values(path, [draw.randbytes(size) for size in (50, 3000, 70_000)] * 2, data_page_size=100)
     chunk = pq.read_metadata(path).row_group(0).column(0)
@@ -122,8 +131,8 @@ def test_damage_never_leads_anywhere_but_to_a_value_or_to_a_full_reader(tmp_path
         path.write_bytes(damaged)
         file = OpenFile(str(path))
         try:
-            for span in locate_values(file, column):
-                read_span(file, span)
+            for place in locate_values(file, column):
+                read_place(file, place)
             outcomes.add("found")
         except (Unlocatable, OSError) as error:
             outcomes.add(type(error).__name__)
@@ -176,6 +185,23 @@ def test_official_names_are_restored_and_paths_are_names_only(tmp_path):
         ("n01440764", "tench, Tinca tinca"),
         ("n01443537", "goldfish, Carassius auratus"),
     ]
+
+
+def test_labels_and_titles_that_contradict_the_wnids_in_names_are_told_with_examples(tmp_path):
+    """Validation labels of another order than the training labels, and titles of another order than both."""
+    rows = {
+        "train-0": [("n01440764_1_n01440764.JPEG", b"a", 0), ("n01443537_7_n01443537.JPEG", b"b", 1)],
+        "validation-0": [("ILSVRC2012_val_00000293_n01443537.JPEG", b"c", 0)],
+    }
+    table = load_ilsvrc2012()
+    titles = [table["n01443537"], table["n01440764"]]
+    [remark] = open_source(write_set(tmp_path / "a", rows, with_names(titles))).remarks
+    example = "data/validation-0.parquet/ILSVRC2012_val_00000293_n01443537.JPEG"
+    assert f"contradict the labels: 1 of class 'n01440764' tell n01443537, such as '{example}'" in remark
+    assert f"n01440764 is called '{titles[0]}', as n01443537 is" in remark
+    del rows["validation-0"][0]
+    rows["validation-0"] = [("ILSVRC2012_val_00000293_n01443537.JPEG", b"c", 1)]
+    assert open_source(write_set(tmp_path / "b", rows, with_names(titles[::-1]))).remarks == ()
 
 
 def test_a_thousand_labels_without_wnids_are_those_of_ilsvrc2012(tmp_path):

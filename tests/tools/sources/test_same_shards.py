@@ -13,8 +13,8 @@ import pytest
 from tests.layout_builders import BUILDERS
 from tools.sharding.make import make_shards
 from tools.sources import LAYOUTS
+from tools.sources.archive import keep_open
 from tools.sources.source import open_source
-from tools.sources.spans import keep_open
 
 SAMPLES_PER_SHARD = 16
 NUM_REAL_CLASSES = 12
@@ -123,7 +123,7 @@ import re
 from pathlib import Path
 from pipeline.images.imagenet import load_ilsvrc2012
 from tools.sources.listing import Entry, Listing, put_in_order
-from tools.sources.spans import SpanReader
+from tools.sources.archive import MemberReader
 from tools.sharding.plan import Options, Plan
 from tools.sources.source import Source
 gc.disable()  # as open_source does
@@ -133,7 +133,8 @@ def entries():
         wnid = names[number % 1000]
         yield Entry(f"data/train-00000-of-00294.parquet/{wnid}_{number * 7919 % 1300021}.JPEG", number % 1000,
                     (number % 294, number << 17, 196_000, 31_000, 110_000 + number % 1000, 262_144))
-listing = Listing("parquet", Path("x"), names, list(entries()), [], SpanReader("x", ()))
+labels = {name: label for label, name in enumerate(names)}
+listing = Listing("parquet", Path("x"), MemberReader("x", ()), list(entries()), labels=labels)
 classes, train, val = put_in_order(listing)
 assert [entry.label for entry in train] == [number // 1300 for number in range(1_300_000)]
 source = Source("parquet", (), {"train": train, "val": val}, listing.read)

@@ -1,4 +1,4 @@
-"""The scanner of tars: what the standard library finds, and one line for each way of being broken."""
+"""The scanner of tars: members read in place, and one line for each way of being broken."""
 
 import io
 import tarfile
@@ -10,41 +10,40 @@ from hypothesis import strategies as st
 
 from pipeline.common.errors import UserError
 from tests.layout_builders import add_member, build_tar
-from tools.sources.spans import OpenFile
-from tools.sources.tars import scan_tar
+from tools.sources.archive import OpenFile, scan_tar
 
 FORMS = (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)
 NAMES = st.text(st.characters(exclude_characters="\0", exclude_categories=("Cs",)), min_size=1, max_size=150)
 
 
 def scan(path: Path, **options) -> list:
-    return [member for member, _ in scan_tar(OpenFile(str(path)), **options)]
-
-
-def list_by_tarfile(path: Path) -> list[tuple[str, bool, int, int]]:
-    with tarfile.open(path, "r:") as tar:
-        return [(m.name, m.isreg(), m.offset_data, m.size) for m in tar if not m.isdir()]
+    return list(scan_tar(path, **options))
 
 
 @given(
     members=st.lists(st.tuples(NAMES, st.integers(0, 3000), st.sampled_from("fffdl")), max_size=8),
     form=st.sampled_from(FORMS),
 )
-def test_members_are_those_that_the_standard_library_finds(tmp_path_factory, members, form):
+def test_members_are_found_where_they_were_written(tmp_path_factory, members, form):
     path = tmp_path_factory.mktemp("tar") / "x.tar"
+    wanted = []
     with tarfile.open(path, "w", format=form) as tar:
-        for name, size, kind in members:
+        for number, (name, size, kind) in enumerate(members):
             info = tarfile.TarInfo(name)
             info.type = {"f": tarfile.REGTYPE, "d": tarfile.DIRTYPE, "l": tarfile.SYMTYPE}[kind]
             info.linkname = "x" * 120 if kind == "l" and form != tarfile.USTAR_FORMAT else ""
             info.size = size if kind == "f" else 0
+            content = bytes([255 - number]) * info.size
             try:
-                tar.addfile(info, io.BytesIO(b"\xff" * size))
+                tar.addfile(info, io.BytesIO(content))
             except ValueError:
                 continue  # a name that this form cannot hold
-    # Trailing slashes are cut by the standard library; they say nothing about a file.
-    found = [(m.name.rstrip("/") or m.name, *m[1:]) for m in scan(path)]
-    assert found == [(name.rstrip("/") or name, *rest) for name, *rest in list_by_tarfile(path)]
+            if kind != "d":
+                wanted.append((name.rstrip("/"), kind == "f", content))  # slashes at the end say nothing about a file
+    file, found = OpenFile(str(path)), []
+    for member in scan_tar(path):
+        found.append((member.name.rstrip("/"), member.isreg(), file.read(member.offset_data, member.size)))
+    assert found == wanted
 
 
 @pytest.mark.parametrize("form", FORMS, ids=["ustar", "gnu", "pax"])
@@ -65,21 +64,21 @@ def test_offsets_and_sizes_beyond_8_gib_are_read(tmp_path, form):
         file.seek(len(header) + (9 << 30) + 512)  # a hole: it takes no room on the disk
         file.write(build_tar([("behind", b"image")], form))
     behind = scan(path)[1]
-    assert scan(path)[0].size == large.size and behind.offset > 9 << 30
-    assert OpenFile(str(path)).read(behind.offset, behind.size) == b"image"
+    assert scan(path)[0].size == large.size and behind.offset_data > 9 << 30
+    assert OpenFile(str(path)).read(behind.offset_data, behind.size) == b"image"
 
 
 def test_a_tar_cut_anywhere_is_an_error_or_has_all_its_members(tmp_path):
     path = tmp_path / "x.tar"
     whole = build_tar([("a", b"x" * 700), ("b" * 150, b"y" * 20), ("c", b"")])
     path.write_bytes(whole)
-    members = scan(path)
-    end = members[-1].offset + 512  # the end mark
+    members = [(member.name, member.size) for member in scan(path)]
+    end = scan(path)[-1].offset_data + 512  # one block of zeros will do for the end mark
     assert len(members) == 3 and len(whole) > end
     for num_bytes in [*range(0, len(whole), 128), end - 1]:
         path.write_bytes(whole[:num_bytes])
         if num_bytes >= end:
-            assert scan(path) == members
+            assert [(member.name, member.size) for member in scan(path)] == members
             continue
         with pytest.raises(UserError) as caught:
             scan(path)
@@ -90,7 +89,7 @@ def test_a_tar_cut_anywhere_is_an_error_or_has_all_its_members(tmp_path):
 def test_the_end_mark_may_be_missing_from_a_tar_whose_size_another_one_tells(tmp_path):
     path = tmp_path / "x.tar"
     whole = build_tar([("a", b"x" * 700)])
-    path.write_bytes(b"\0" * 512 + whole)
+    path.write_bytes(b"\0" * 512 + whole[:1536] + whole)  # what comes behind is not of it
     assert [m.name for m in scan(path, start=512, size=512 + 1024, name="a.tar")] == ["a"]
     with pytest.raises(UserError, match=r"x.tar, 'a.tar': truncated: 'a' \(header at byte 512\) needs 700 bytes"):
         scan(path, start=512, size=1024, name="a.tar")
@@ -131,6 +130,33 @@ def make_bad_size(path: Path) -> None:
     path.write_bytes(header + bytes(1024))
 
 
+def make_negative_size(path: Path) -> None:
+    """Followed, it would lead back to where the reader has been, for ever."""
+    header = bytearray(tarfile.TarInfo("a").tobuf())
+    header[124:136] = b"\xff" * 10 + b"\xfc\x00"  # -1024
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    path.write_bytes(header + bytes(1024))
+
+
+def make_pax_size(path: Path) -> None:
+    info = tarfile.TarInfo("x")
+    info.type, info.size = tarfile.XHDTYPE, 12
+    path.write_bytes(info.tobuf() + b"12 size=1x2\n".ljust(512, b"\0") + build_tar([("a", b"x" * 9)]))
+
+
+def make_no_name(path: Path) -> None:
+    info = tarfile.TarInfo("././@LongLink")
+    info.type, info.size = tarfile.GNUTYPE_LONGNAME, 9
+    path.write_bytes(info.tobuf() + bytes(512) + build_tar([("a", b"x")]))
+
+
+def make_chain(path: Path) -> None:
+    info = tarfile.TarInfo("././@LongLink")
+    info.type, info.size = tarfile.GNUTYPE_LONGNAME, 9
+    path.write_bytes((info.tobuf() + b"long name".ljust(512, b"\0")) * 5000 + build_tar([("a", b"x")]))
+
+
 def make_bad_pax(path: Path) -> None:
     info = tarfile.TarInfo("x")
     info.type, info.size = tarfile.XHDTYPE, 20
@@ -141,12 +167,19 @@ def make_bad_pax(path: Path) -> None:
     ("make", "message"),
     [
         (lambda path: path.write_bytes(b""), "truncated: ends at byte 0"),
-        (lambda path: path.write_bytes(b"\xff\xd8" * 400), "no tar, expected a tar header at byte 0; a compressed one"),
+        (
+            lambda path: path.write_bytes(b"\xff\xd8" * 400),
+            "no tar, expected a tar header at byte 0 .bad checksum.; a compressed one",
+        ),
         (make_gzip, "truncated: ends at byte|no tar, expected a tar header"),
         (make_sparse, "'holes' .* is stored as a sparse file"),
-        (make_endless_name, "a name of 2097152 bytes at byte 0"),
-        (make_bad_size, "a member at byte 0 has no readable size"),
-        (make_bad_pax, "unreadable pax header at byte 0"),
+        (make_endless_name, "header at byte 0 .a name of 2097152 bytes, expected no more than 1048576"),
+        (make_bad_size, "no tar, expected a tar header at byte 0"),
+        (make_negative_size, "damaged: 'a' .header at byte 0. has no readable size"),
+        (make_pax_size, "damaged: 'a' .header at byte 0. has no readable size"),
+        (make_no_name, "damaged: no readable name at byte 0"),
+        (make_chain, "no tar, expected a tar header at byte 0 .maximum recursion depth exceeded"),
+        (make_bad_pax, "no tar, expected a tar header at byte 0 .invalid header."),
     ],
 )
 def test_what_is_no_plain_tar_is_refused_in_one_line(tmp_path, make, message):

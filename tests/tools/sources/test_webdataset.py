@@ -88,12 +88,16 @@ def test_a_thousand_labels_are_those_of_ilsvrc2012_and_fewer_keep_their_numbers(
 
 def test_one_number_for_several_wnids_is_a_class_of_its_own_kind(tmp_path):
     members = [*pair("n01443537_5", 0), *pair("n01440764_9", 0), *pair("n01440764_7", 1)]
-    assert [c.wnid for c in open_source(make_tars(tmp_path, {"train.tar": members})).classes] == ["0", "1"]
+    source = open_source(make_tars(tmp_path, {"train.tar": members}))
+    assert [c.wnid for c in source.classes] == ["0", "1"]
+    assert any("1 of class '0' tell n01440764, such as 'train.tar/n01440764_9.jpg'" in text for text in source.remarks)
 
 
 def test_one_wnid_under_two_numbers_is_two_classes_by_number(tmp_path):
     members = [*pair("n01440764_9", 0), *pair("n01440764_7", 1)]
-    assert [c.wnid for c in open_source(make_tars(tmp_path, {"train.tar": members})).classes] == ["0", "1"]
+    source = open_source(make_tars(tmp_path, {"train.tar": members}))
+    assert [c.wnid for c in source.classes] == ["0", "1"]
+    assert any("contradict the labels: n01440764 is '0' and '1'" in remark for remark in source.remarks)
 
 
 def test_equal_keys_in_two_tars_are_two_images(tmp_path):
@@ -168,7 +172,11 @@ def make_cut(root: Path) -> None:
         ),
         (lambda root: make_tars(root, {"train.tar": pair("a", 0) * 2}), "'a' has two images, expected one per key"),
         (lambda root: make_tars(root, {"train.tar": [*pair("a", 0), ("a.cls", b"0")]}), "'a' has two labels"),
-        (lambda root: make_tars(root, {"train.tar": [("a.txt", b"a")]}), "no sample in 'train.tar'"),
+        (lambda root: make_tars(root, {"train.tar": [("a.txt", b"a")]}), "no sample in 'train.tar'; expected SOURCE"),
+        (
+            lambda root: make_tars(root, {"train.tar": [*pair("img.0", 0), *pair("img.1", 1)]}),
+            "no sample in 'train.tar'; 2 images not used .*: 'img.0.jpg', 'img.1.jpg'; write the tars again",
+        ),
         (lambda root: make_tars(root, {"val.tar": pair("a", 0)}), "holds 'val.tar', none for training"),
         (
             lambda root: make_tars(root, {"train.tar": pair("a", 0), "more.tar": pair("b", 0)}),

@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 
-from trainer.bench.usage import count_cores, cpu_time_s, list_tree, memory_bytes
+from trainer.bench.rates import cpu_time_s, list_tree, memory_bytes
 
 WORK = """
 import sys, time
@@ -37,7 +37,3 @@ def test_a_process_that_has_ended_counts_nothing():
     child = subprocess.Popen([sys.executable, "-c", ""])
     child.wait()
     assert cpu_time_s([child.pid]) == 0 and memory_bytes([child.pid]) == 0
-
-
-def test_cores_are_those_this_process_may_use():
-    assert count_cores() == len(os.sched_getaffinity(0))

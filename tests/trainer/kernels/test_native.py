@@ -73,11 +73,6 @@ def test_only_what_the_c_file_can_do_is_given_to_it():
         assert not Native.can_normalise(other, PAPER)
     assert not Native.can_normalise(rows, PAPER._replace(beta=0.5))
     assert not Native.can_normalise(rows, PAPER._replace(n=19))
-    cube = torch.zeros(4, 4)
-    assert Native.can_update((cube, cube, cube))
-    for other in (cube.double(), torch.zeros(8, 8)[:4, :4], cube.t().contiguous().t()):
-        assert not Native.can_update((cube, cube, other))
-    assert not Native.can_update((torch.zeros(8, 8)[::2, ::2],) * 3)  # alike, but with gaps
 
 
 def test_the_largest_rows_and_windows_fit_their_buffers():

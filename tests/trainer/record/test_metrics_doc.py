@@ -6,7 +6,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from trainer.record.metrics import EvalRecord, GpuFields, TrainRecord
-from trainer.record.progress import Standing
+from trainer.record.progress import Status
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -52,7 +52,7 @@ def test_every_event_in_the_code_is_documented_with_its_fields():
 
 
 def test_every_object_of_json_logs_is_documented_with_its_fields():
-    written = {"progress": {"epochs", *(field.name for field in fields(Standing))}}
+    written = {"progress": {"epochs", *(field.name for field in fields(Status))}}
     for node in [*calls("print_line")]:
         if node.args and isinstance(node.args[0], ast.Dict):
             keys = [key.value for key in node.args[0].keys if key is not None]

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from pipeline.common import console
-from trainer.record.progress import Tally, TerminalDisplay, choose_display, spell, spell_duration
+from trainer.record.progress import Progress, TerminalDisplay, choose_display, spell, spell_duration
 
 SHOW_CURSOR, HIDE_CURSOR = "\x1b[?25h", "\x1b[?25l"
 NUMBERS = {
@@ -64,8 +64,8 @@ def record(step, epoch=1, **changes):
 def test_piped_output_is_plain_lines_on_stderr_at_most_one_in_ten_seconds_within_an_epoch(capsys):
     seconds = iter([0.0, 0.0])  # the start, and the first line's clock
     now = {"s": 0.0}
-    tally = Tally(2, 10, clock=lambda: next(seconds, now["s"]))
-    with choose_display("words", tally) as display:
+    progress = Progress(2, 10, clock=lambda: next(seconds, now["s"]))
+    with choose_display("words", progress) as display:
         for step in range(1, 11):
             now["s"] = 3.0 * step
             display.record(record(step))
@@ -85,7 +85,7 @@ def test_piped_output_is_plain_lines_on_stderr_at_most_one_in_ten_seconds_within
 
 def test_a_quiet_run_says_nothing(capsys):
     console.set_voice("quiet")
-    with choose_display("quiet", Tally(2, 10, clock=ticking(30.0))) as display:
+    with choose_display("quiet", Progress(2, 10, clock=ticking(30.0))) as display:
         train(display)
     console.note("remark")
     assert capsys.readouterr() == ("", "")
@@ -95,7 +95,7 @@ def test_a_quiet_run_says_nothing(capsys):
 
 def test_json_logs_are_one_object_a_line_on_stdout_and_nothing_on_stderr(capsys):
     console.set_voice("json")
-    with choose_display("json", Tally(2, 10, clock=ticking(30.0))) as display:
+    with choose_display("json", Progress(2, 10, clock=ticking(30.0))) as display:
         train(display, epochs=(1,))
         display.record(record(11, epoch=2, loss=float("nan")))
     console.note("a remark")
@@ -112,7 +112,7 @@ def test_json_logs_are_one_object_a_line_on_stdout_and_nothing_on_stderr(capsys)
 
 def test_a_terminal_sees_bars_and_keeps_one_line_per_epoch(monkeypatch):
     terminal = attach_terminal(monkeypatch)
-    with choose_display("words", Tally(2, 10, clock=ticking(3.0))) as display:
+    with choose_display("words", Progress(2, 10, clock=ticking(3.0))) as display:
         train(display)
     shown = terminal.getvalue()
     assert HIDE_CURSOR in shown
@@ -124,7 +124,7 @@ def test_a_terminal_sees_bars_and_keeps_one_line_per_epoch(monkeypatch):
 def test_a_terminal_that_cannot_redraw_gets_plain_lines(monkeypatch):
     terminal = attach_terminal(monkeypatch)
     monkeypatch.setenv("TERM", "dumb")
-    with choose_display("words", Tally(2, 10, clock=ticking(30.0))) as display:
+    with choose_display("words", Progress(2, 10, clock=ticking(30.0))) as display:
         train(display, epochs=(1,))
     assert "\x1b" not in terminal.getvalue() and "images/s" in terminal.getvalue()
 
@@ -134,7 +134,7 @@ def test_the_picture_holds_both_bars_and_every_number_and_never_more_than_the_wi
     from rich.console import Console
 
     screen = Console(file=io.StringIO(), width=width, force_terminal=False, record=True)
-    display = TerminalDisplay(Tally(90, 10009, clock=ticking(30.0)), screen)
+    display = TerminalDisplay(Progress(90, 10009, clock=ticking(30.0)), screen)
     display.evaluated(43.21)
     gpu = {"gpu_utilisation": 0.97, "gpu_memory_bytes": 5 << 30}
     display.record(record(5000, **gpu))
@@ -153,7 +153,7 @@ def test_long_numbers_are_not_cut_on_a_terminal_of_80_columns():
     from rich.console import Console
 
     screen = Console(file=io.StringIO(), width=80, force_terminal=False, record=True)
-    display = TerminalDisplay(Tally(90, 10009, clock=ticking(30.0)), screen)
+    display = TerminalDisplay(Progress(90, 10009, clock=ticking(30.0)), screen)
     display.evaluated(99.9)
     long = {"loss": 6.908, "top1_error": 99.9, "top5_error": 99.5, "lr": 0.0000125, "images_per_s": 85123.4}
     display.record(record(5000, **long, data_wait_fraction=1.0, gpu_utilisation=1.0, gpu_memory_bytes=79 << 30))
@@ -169,13 +169,13 @@ def test_an_epochs_line_that_is_longer_than_the_screen_is_broken_between_words()
     summary = (
         "top-1 error 89.50 %, top-5 39.50 %, training loss 2.324, top-1 91.41 %, 47 images/s, waiting for data 4 %"
     )
-    TerminalDisplay(Tally(3, 20, clock=ticking(30.0)), screen).epoch_done(1, summary)
+    TerminalDisplay(Progress(3, 20, clock=ticking(30.0)), screen).epoch_done(1, summary)
     lines = screen.export_text().splitlines()
     assert max(map(len, lines)) <= 80 and " ".join(line.rstrip() for line in lines) == f"epoch 1/3  {summary}"
 
 
 def test_evaluation_is_shown_where_the_steps_were():
-    display = TerminalDisplay(Tally(2, 10, clock=ticking(1.0)))
+    display = TerminalDisplay(Progress(2, 10, clock=ticking(1.0)))
     display.step(1, 10)
     display.evaluating(1)
     assert display._bars.tasks[0].fields["said"] == "evaluating"
@@ -188,7 +188,7 @@ def test_the_cursor_is_back_however_training_ends(monkeypatch, reason):
     terminal = attach_terminal(monkeypatch)
 
     def run():
-        with choose_display("words", Tally(1, 10, clock=ticking(1.0))) as display:
+        with choose_display("words", Progress(1, 10, clock=ticking(1.0))) as display:
             display.record(record(1))
             if reason:
                 raise reason
@@ -205,7 +205,7 @@ def test_the_cursor_is_back_however_training_ends(monkeypatch, reason):
 
 def test_who_ends_the_process_by_force_can_show_the_cursor_while_the_display_lives(monkeypatch):
     terminal = attach_terminal(monkeypatch)
-    with choose_display("words", Tally(1, 10, clock=ticking(1.0))):
+    with choose_display("words", Progress(1, 10, clock=ticking(1.0))):
         assert SHOW_CURSOR not in terminal.getvalue()
         console.show_cursor()
         assert SHOW_CURSOR in terminal.getvalue()
@@ -215,34 +215,34 @@ def test_who_ends_the_process_by_force_can_show_the_cursor_while_the_display_liv
 
 
 def test_errors_are_means_over_the_epoch_so_far_weighted_by_steps():
-    tally = Tally(2, 100)
-    tally.add(record(20, top1_error=90.0, loss=6.0))
-    now = tally.add(record(25, top1_error=80.0, loss=5.0))
+    progress = Progress(2, 100)
+    progress.add(record(20, top1_error=90.0, loss=6.0))
+    now = progress.add(record(25, top1_error=80.0, loss=5.0))
     assert now.top1_error == pytest.approx((20 * 90 + 5 * 80) / 25) and now.loss == pytest.approx(5.8)
-    assert tally.add(record(120, epoch=2, top1_error=50.0)).top1_error == 50.0
+    assert progress.add(record(120, epoch=2, top1_error=50.0)).top1_error == 50.0
 
 
 def test_the_mean_rate_is_images_over_time_not_the_mean_of_rates():
-    tally = Tally(2, 100)
-    tally.add(record(10, images_per_s=100.0))
-    now = tally.add(record(20, images_per_s=300.0))
+    progress = Progress(2, 100)
+    progress.add(record(10, images_per_s=100.0))
+    now = progress.add(record(20, images_per_s=300.0))
     assert now.images_per_s == 300.0 and now.mean_images_per_s == pytest.approx(
         150.0
     )  # half the images, thrice the time
 
 
 def test_time_left_is_judged_from_the_steps_of_this_process_alone():
-    tally = Tally(10, 10, steps_done=50, clock=ticking(20.0))
-    assert spell_duration(tally.add(record(51, epoch=6)).left_s) == "16 min 20 s"  # 49 steps at 20 s
-    assert tally.add(record(52, epoch=6)).mean_images_per_s == pytest.approx(NUMBERS["images_per_s"])
+    progress = Progress(10, 10, steps_done=50, clock=ticking(20.0))
+    assert spell_duration(progress.add(record(51, epoch=6)).left_s) == "16 min 20 s"  # 49 steps at 20 s
+    assert progress.add(record(52, epoch=6)).mean_images_per_s == pytest.approx(NUMBERS["images_per_s"])
 
 
 def test_the_best_error_is_that_of_the_run_to_resume_until_a_lower_one_comes():
-    tally = Tally(10, 10, steps_done=50, best_error=40.0)
+    progress = Progress(10, 10, steps_done=50, best_error=40.0)
     for error, best in ((41.0, 40.0), (float("nan"), 40.0), (39.5, 39.5)):
-        tally.add_evaluation(error)
-        assert tally.best_error == best
-    assert "val. best 39.50 %" in spell(tally.add(record(51, epoch=6)))
+        progress.add_evaluation(error)
+        assert progress.best_error == best
+    assert "val. best 39.50 %" in spell(progress.add(record(51, epoch=6)))
 
 
 def test_durations_have_two_units_at_most():

@@ -118,6 +118,15 @@ def test_a_damaged_configuration_is_refused_by_name(tmp_path, content):
         read_config(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("field", "value"), [("recipe", "paper"), ("seed", True), ("shards", None), ("safety", []), ("classes", {})]
+)
+def test_a_configuration_with_a_field_of_another_type_is_refused_by_name(tmp_path, field, value):
+    write_config(tmp_path, {"seed": 1, field: value})
+    with pytest.raises(UserError, match=rf"config\.json: {field} is .*, expected "):
+        read_config(tmp_path)
+
+
 # Metrics
 
 

@@ -42,6 +42,8 @@ def make_run(folder: Path, *, num_classes: int = 4, num_epochs: int = 3, records
             log.train(step=20 * number, epoch=epoch, loss=error / 15, top1_error=error, top5_error=error / 3,
                       lr=0.01 if number <= 2 * total // 3 else 0.001, images_per_s=900 + float(generator.normal()),
                       data_wait_fraction=0.01, time_s=2.0 * number)  # fmt: skip
+            if number == 2 * total // 3:
+                log.event("lr_cut", step=20 * number, epoch=epoch, text="rate 0.001 from the next epoch")
             if number % records == 0:
                 log.eval(step=20 * number, epoch=epoch, crops="centre", num_images=200, loss=error / 16,
                          top1_error=error - 2, top5_error=error / 3 - 1)  # fmt: skip

@@ -5,21 +5,21 @@ import pytest
 
 from pipeline.common.errors import UserError
 from trainer.nets.tables import write_csv
-from trainer.report.confusion import Answers, choose_shown, count_pairs, list_classes, read_predictions
+from trainer.report.confusion import Predictions, choose_worst, count_pairs, list_classes, read_predictions
 
 LABELS = [0, 0, 0, 0, 1, 1, 2, 2, 2]
 FIRST = [0, 1, 1, 2, 1, 1, 0, 0, 1]
 
 
-def answers(labels=LABELS, first=FIRST, second=None):
+def predictions(labels=LABELS, first=FIRST, second=None):
     best = np.full((len(labels), 5), -1)
     best[:, 0] = first
     best[:, 1] = second if second is not None else [(one + 1) % 3 for one in first]
-    return Answers(np.array(labels), best, "ten", "here")
+    return Predictions(np.array(labels), best, "ten", "here")
 
 
 def test_classes_come_worst_first_with_what_they_are_taken_for():
-    found = list_classes(answers())
+    found = list_classes(predictions())
     assert [one.index for one in found] == [2, 0, 1]
     assert [one.top1_error for one in found] == [100.0, 75.0, 0.0]
     assert found[0].instead == ((0, 2), (1, 1)) and found[0].num_images == 3
@@ -29,16 +29,16 @@ def test_classes_come_worst_first_with_what_they_are_taken_for():
 
 
 def test_the_errors_of_all_are_counted_as_ever():
-    top1, top5 = answers().errors
+    top1, top5 = predictions().errors
     assert top1 == pytest.approx(100 * 6 / 9) and top5 == pytest.approx(100 * 4 / 9)
 
 
 def test_pairs_count_every_image_of_a_shown_class_once():
-    shown = choose_shown(list_classes(answers()), most=2)
+    shown = choose_worst(list_classes(predictions()), most=2)
     assert shown == [2, 0]  # the worst, and what it is mostly taken for
-    counts = count_pairs(answers(), shown)
+    counts = count_pairs(predictions(), shown)
     assert counts.tolist() == [[0, 2, 1], [1, 1, 2]]  # columns: 2, 0, any other
-    assert choose_shown(list_classes(answers()), most=10) == [2, 0, 1]
+    assert choose_worst(list_classes(predictions()), most=10) == [2, 0, 1]
 
 
 class Guess:

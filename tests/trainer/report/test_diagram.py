@@ -8,7 +8,8 @@ from PIL import Image
 
 from trainer.model import AlexNet
 from trainer.recipe import RECIPES, override
-from trainer.report.diagram import network_figure, plot_network, trace
+from trainer.report.diagram import network_figure, trace
+from trainer.report.pictures import write_png
 
 
 def net(name: str, *settings: str, num_classes: int = 10) -> AlexNet:
@@ -89,8 +90,8 @@ def test_blocks_stand_apart_from_left_to_right_and_nothing_leaves_the_page():
 
 
 def test_the_same_model_gives_the_same_bytes(tmp_path):
-    plot_network(net("paper"), tmp_path / "one.png")
-    plot_network(net("paper"), tmp_path / "two.png")
+    write_png(network_figure(net("paper")), tmp_path / "one.png")
+    write_png(network_figure(net("paper")), tmp_path / "two.png")
     assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
     with Image.open(tmp_path / "one.png") as picture:
         assert picture.size == (1950, 1260)

@@ -20,9 +20,8 @@ from trainer.report.examples import (
     find_examples,
     first_shards,
     nearest,
-    spread,
 )
-from trainer.report.pictures import guesses_figure, neighbours_figure, plot_guesses, plot_neighbours
+from trainer.report.pictures import guesses_figure, neighbours_figure, write_png
 
 
 @pytest.fixture(scope="module")
@@ -72,26 +71,30 @@ def test_neighbours_are_those_of_a_slow_search():
         np.testing.assert_allclose(distances, [[away for _, away in row] for row in expected], rtol=1e-12)
 
 
+def choose(labels, wanted):
+    return choose_shown(len(labels), wanted, labels.__getitem__)
+
+
 def test_the_positions_shown_are_evenly_spaced_and_all_different():
-    assert spread(341, 8) == [21, 63, 106, 149, 191, 234, 277, 319]
-    assert spread(3, 8) == [0, 1, 2]
-    assert spread(1, 5) == [0]
-    assert spread(0, 5) == []
+    assert choose(range(341), 8) == [21, 63, 106, 149, 191, 234, 277, 319]
+    assert choose(range(3), 8) == [0, 1, 2]
+    assert choose([0] * 200, 5) == [20, 60, 100, 140, 180]
+    assert choose([0], 5) == [0]
 
 
 def test_images_of_different_classes_are_shown_where_there_are_any():
     dealt = [position % 10 for position in range(200)]  # evenly spaced, these five are all of class 0
-    assert [dealt[position] for position in spread(200, 5)] == [0] * 5
-    assert [dealt[position] for position in choose_shown(dealt, 5)] == [0, 1, 2, 3, 4]
-    assert choose_shown(dealt, 5) == [20, 61, 102, 143, 184]
-    assert sorted(choose_shown([0, 0, 0, 1], 4)) == [0, 1, 2, 3]
-    assert choose_shown([], 5) == []
+    assert [dealt[position] for position in (20, 60, 100, 140, 180)] == [0] * 5
+    assert [dealt[position] for position in choose(dealt, 5)] == [0, 1, 2, 3, 4]
+    assert choose(dealt, 5) == [20, 61, 102, 143, 184]
+    assert choose([0, 0, 0, 1], 4) == [0, 1, 2, 3]
+    assert choose([], 5) == []
 
 
 def test_guesses_are_what_an_evaluation_of_the_same_images_gives(found, model, shards, colors):
     outputs, _, labels, pixels = look(model, shards, colors, "val")
     assert len(found.guesses) == 8
-    for position, guess in zip(choose_shown(labels.tolist(), 8), found.guesses, strict=True):
+    for position, guess in zip(choose(labels.tolist(), 8), found.guesses, strict=True):
         order = np.argsort(-outputs[position])
         assert (guess.label, guess.classes) == (labels[position], tuple(order))
         np.testing.assert_allclose(guess.probabilities, outputs[position][order], rtol=1e-4)
@@ -102,7 +105,7 @@ def test_rows_are_the_nearest_of_the_training_images_searched_by_the_last_hidden
     _, val_hidden, val_labels, val_pixels = look(model, shards, colors, "val")
     _, hidden, labels, pixels = look(model, shards, colors, "train")
     assert found.num_searched == 40
-    for position, row in zip(choose_shown(val_labels.tolist(), 5), found.rows, strict=True):
+    for position, row in zip(choose(val_labels.tolist(), 5), found.rows, strict=True):
         assert row[0].label == val_labels[position] and row[0].distance == 0.0
         np.testing.assert_array_equal(row[0].pixels, val_pixels[position])
         expected = oracle.nearest(val_hidden[position], hidden[:40], 6)
@@ -157,8 +160,8 @@ def test_neighbours_show_class_distance_and_whether_the_class_is_the_same():
 def test_names_that_look_like_markup_and_few_images_can_be_drawn(tmp_path):
     few = Examples([guess(3, (1,), (1.0,))], [[Neighbour(np.zeros((224, 224, 3), np.uint8), 1, 0.0)]], 0)
     for examples in (few, Examples([], [], 0)):
-        plot_guesses(examples, NAMES, tmp_path / "guesses.png")
-        plot_neighbours(examples, NAMES, tmp_path / "neighbours.png")
+        write_png(guesses_figure(examples.guesses, NAMES), tmp_path / "guesses.png")
+        write_png(neighbours_figure(examples.rows, NAMES, examples.num_searched), tmp_path / "neighbours.png")
         for name in ("guesses.png", "neighbours.png"):
             Image.open(tmp_path / name).verify()
     assert guesses_figure(few.guesses, NAMES).axes[0].get_title() == "✗ " + "x" * 19 + "…"

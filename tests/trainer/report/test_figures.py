@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from trainer.report import pictures as figures
-from trainer.report.pictures import curves_figure, kernel_grid, plot_curves, plot_kernels, smooth
+from trainer.report.curves import curves_figure, smooth
+from trainer.report.pictures import BLUE, kernel_grid, kernels_figure, write_png
 
 
 def train(step, epoch, **changed):
@@ -24,7 +24,7 @@ METRICS = [
     train(50, 1, top1_error=85.0),
     train(100, 1, loss=None, top1_error=75.0),
     evaluation(100, 1, top1_error=70.0),
-    {"kind": "event", "name": "lr_cut", "step": 100, "epoch": 1, "lr": 0.001},
+    {"kind": "event", "name": "lr_cut", "step": 100, "epoch": 1, "text": "rate 0.001 from epoch 2"},
     {"kind": "event", "name": "resumed"},
     train(150, 2),
     train(200, 2),
@@ -42,19 +42,18 @@ def points(line):
 
 
 def test_curves_show_every_measurement_over_epochs():
-    errors, losses = curves_figure(METRICS).axes
-    shown = lines(errors)
-    assert points(shown["top-1, validation"]) == [(1.0, 70.0), (2.0, 55.0)]
-    assert points(shown["top-5, validation"]) == [(1.0, 20.0), (2.0, 15.0)]
-    assert points(shown["top-1, validation, ten crops"]) == [(2.0, 50.0)]
-    assert points(shown["top-1, training"]) == [(0.5, 85.0), (1.0, 75.0), (1.5, 80.0), (2.0, 80.0)]
-    assert points(lines(losses)["validation"]) == [(1.0, 1.5), (2.0, 1.5)]
+    top1, top5, losses, _ = (lines(axes) for axes in curves_figure(METRICS).axes)
+    assert points(top1["validation, centre crop"]) == [(1.0, 70.0), (2.0, 55.0)]
+    assert points(top5["validation, centre crop"]) == [(1.0, 20.0), (2.0, 15.0)]
+    assert points(top1["validation, ten crops"]) == [(2.0, 50.0)]
+    assert points(top1["training, as logged"]) == [(0.5, 85.0), (1.0, 75.0), (1.5, 80.0), (2.0, 80.0)]
+    assert points(losses["validation, centre crop"]) == [(1.0, 1.5), (2.0, 1.5)]
 
 
 def test_training_is_drawn_twice_raw_and_faint_then_smooth_and_bold():
     jagged = [train(step, 1, top1_error=50.0 + 20.0 * (step % 2)) for step in range(1, 121)]
     axes = curves_figure(jagged).axes[0]
-    raw, smoothed = (line for line in axes.get_lines() if line.get_color() == figures.BLUE)
+    raw, smoothed = (line for line in axes.get_lines() if line.get_color() == BLUE)
     assert raw.get_alpha() < 0.5
     assert np.ptp(raw.get_ydata()) == 20.0
     assert smoothed.get_alpha() is None
@@ -62,34 +61,33 @@ def test_training_is_drawn_twice_raw_and_faint_then_smooth_and_bold():
 
 
 def test_a_loss_that_was_not_finite_leaves_a_gap():
-    raw = curves_figure(METRICS).axes[1].get_lines()[0]
+    raw = curves_figure(METRICS).axes[2].get_lines()[0]
     assert [math.isnan(value) for value in raw.get_ydata()] == [False, True, False, False]
 
 
-def test_cuts_of_the_learning_rate_are_marked_where_they_happened():
-    errors, losses = curves_figure(METRICS).axes
-    for axes in (errors, losses):
+def test_cuts_of_the_learning_rate_are_marked_where_they_happened_and_told_in_the_legend():
+    figure = curves_figure(METRICS)
+    for axes in figure.axes[:3]:
         assert [1.0, 1.0] in [list(line.get_xdata()) for line in axes.get_lines()]
-    (label,) = errors.texts
-    assert label.get_text() == "learning rate 0.001"
-    assert label.xy == (1.0, 1.0)
-    assert label.xycoords == ("data", "axes fraction")
+    told = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert "learning rate cut" in told and len(told) == len(set(told)) == 5  # training and validation, two ways each
 
 
-def test_the_level_of_guessing_is_drawn_where_the_classes_are_known():
+def test_the_level_of_guessing_is_drawn_and_told_where_the_classes_are_known():
     def guessing(figure):
-        found = [[line for label, line in lines(axes).items() if "guessing" in label] for axes in figure.axes]
-        return [line.get_ydata()[0] for line in (*found[0], *found[1])]
+        return [line.get_ydata()[0] for axes in figure.axes for line in axes.get_lines() if line.get_gid() == "level"]
 
     assert guessing(curves_figure(METRICS)) == []
-    assert guessing(curves_figure(METRICS, num_classes=1000)) == pytest.approx([99.9, math.log(1000)])
+    assert guessing(curves_figure(METRICS, 1000)) == pytest.approx([99.9, math.log(1000)])
+    said = [text.get_text() for axes in curves_figure(METRICS, 1000).axes for text in axes.texts]
+    assert said == ["guessing: 99.9", "guessing: 6.908"]
 
 
 def test_axes_name_their_quantity_and_unit():
-    errors, losses = curves_figure(METRICS).axes
-    assert errors.get_ylabel() == "error (%)"
-    assert losses.get_ylabel() == "loss (cross-entropy, nats)"
-    assert losses.get_xlabel() == "epochs"
+    axes = curves_figure(METRICS).axes
+    assert [one.get_title() for one in axes] == ["Top-1 error", "Top-5 error", "Loss", "Learning rate"]
+    assert [one.get_ylabel() for one in axes] == ["error (%)", "error (%)", "cross-entropy (nats)", "rate"]
+    assert {one.get_xlabel() for one in axes} == {"epochs"}
 
 
 def test_the_house_style_is_applied():
@@ -104,18 +102,18 @@ def test_the_house_style_is_applied():
     ids=["nothing", "one line", "one evaluation", "events only", "epoch 0"],
 )
 def test_a_run_of_any_length_can_be_drawn(tmp_path, metrics):
-    plot_curves(metrics, tmp_path / "curves.png", num_classes=10)
+    write_png(curves_figure(metrics, 10), tmp_path / "curves.png")
     with Image.open(tmp_path / "curves.png") as picture:
-        assert picture.size == (1350, 1080)
+        assert picture.size == (1680, 1125)
 
 
 def test_the_same_records_give_the_same_bytes_whatever_the_users_style(tmp_path, monkeypatch):
     import matplotlib as mpl
 
-    plot_curves(METRICS, tmp_path / "one.png")
+    write_png(curves_figure(METRICS), tmp_path / "one.png")
     monkeypatch.setitem(mpl.rcParams, "font.size", 30.0)
     monkeypatch.setitem(mpl.rcParams, "savefig.facecolor", "black")
-    plot_curves(METRICS, tmp_path / "two.png")
+    write_png(curves_figure(METRICS), tmp_path / "two.png")
     assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
     assert mpl.rcParams["font.size"] == 30.0
 
@@ -204,7 +202,7 @@ def test_what_are_no_kernels_is_refused(shape, towers):
 @pytest.mark.parametrize(("number", "towers"), [(96, 2), (6, 1), (2, 2)])
 def test_the_picture_holds_the_grids_pixel_for_pixel_the_first_tower_on_top(tmp_path, number, towers):
     path = tmp_path / "new folder" / "kernels.png"
-    plot_kernels(solid_kernels(number), path, towers)
+    write_png(kernels_figure(solid_kernels(number), towers), path)
     picture = np.asarray(Image.open(path).convert("RGB"))
     tops = []
     for grid in kernel_grid(solid_kernels(number), towers):
@@ -218,5 +216,5 @@ def test_the_picture_holds_the_grids_pixel_for_pixel_the_first_tower_on_top(tmp_
         tops += starts
     assert tops == sorted(tops)
     assert (picture[:, -20:] == 255).all()  # nothing runs out of the page
-    plot_kernels(solid_kernels(number), tmp_path / "again.png", towers)
+    write_png(kernels_figure(solid_kernels(number), towers), tmp_path / "again.png")
     assert path.read_bytes() == (tmp_path / "again.png").read_bytes()

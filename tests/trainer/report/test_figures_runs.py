@@ -3,16 +3,15 @@
 import pytest
 from PIL import Image
 
-from trainer.report.pictures import (
+from trainer.report.curves import (
     common_level,
     first_reached,
     name_runs,
     overfitting_figure,
-    plot_overfitting,
-    plot_training_errors,
     training_error,
     training_errors_figure,
 )
+from trainer.report.pictures import write_png
 
 
 def run(errors, validation=(), steps=20):
@@ -97,8 +96,8 @@ def test_a_later_run_that_is_higher_than_the_first_is_not_cut():
 
 @pytest.mark.parametrize("runs", [{}, {"a": []}, {"a": run([50.0])}, {f"r{n}": run([90.0, 50.0]) for n in range(7)}])
 def test_any_number_of_runs_of_any_length_can_be_drawn(tmp_path, runs):
-    plot_training_errors(runs, tmp_path / "one.png")
-    plot_overfitting(runs, tmp_path / "two.png")
+    write_png(training_errors_figure(runs), tmp_path / "one.png")
+    write_png(overfitting_figure(runs), tmp_path / "two.png")
     for name in ("one.png", "two.png"):
         with Image.open(tmp_path / name) as picture:
             colors = picture.convert("RGB").getcolors(maxcolors=1 << 24)
@@ -109,4 +108,4 @@ def test_labels_are_drawn_as_they_are_and_never_as_markup(tmp_path):
     label = "$\\frac{a$\n" + "x" * 100
     (shown,) = lines(training_errors_figure({label: run([50.0])}).axes[0])
     assert shown.startswith("$\\frac{a$ xxx") and "…: 50 % after" in shown and "\n" not in shown
-    plot_training_errors({label: run([50.0])}, tmp_path / "drawn.png")  # the markup would not parse
+    write_png(training_errors_figure({label: run([50.0])}), tmp_path / "drawn.png")  # the markup would not parse

@@ -12,7 +12,7 @@ from tests.trainer.report.reporting import WILD_CLASS, WILD_RUN, make_run
 from trainer.nets.tables import PUBLISHED
 from trainer.record.metrics import MetricsLog
 from trainer.record.runs import METRICS, read_config, write_config
-from trainer.report.data import read_study
+from trainer.report.data import read_run
 from trainer.report.page import list_errors, render, write_page
 
 VOID = {"meta", "img", "input", "br", "link"}
@@ -50,7 +50,7 @@ def runs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def page(runs):
-    return Page(render([read_study(runs[0])]))
+    return Page(render([read_run(runs[0])]))
 
 
 def test_names_from_files_are_text_and_never_tags(page):
@@ -82,10 +82,10 @@ def test_every_link_leads_to_a_heading_and_every_picture_and_table_has_words(pag
 
 
 def test_the_summary_and_the_errors_are_the_files(runs, page):
-    best = min(record["top1_error"] for record in read_study(runs[0]).records("eval"))
+    best = min(record["top1_error"] for record in read_run(runs[0]).records("eval"))
     assert f"{best:.2f}" in page.words("td")
     assert any(f"top-1 {best:.2f} %" in text for text in page.words("td"))
-    ours, *theirs = list_errors([read_study(runs[0])])
+    ours, *theirs = list_errors([read_run(runs[0])])
     assert ours["whose"] == "ours" and "200 validation images, 4 classes" in ours["data"]
     assert [row["net"] for row in theirs] == [net for net, *_ in PUBLISHED]
     assert {row["data"] for row in theirs} == {"ILSVRC-2012 validation", "ILSVRC-2010 test"}
@@ -95,10 +95,10 @@ def test_the_summary_and_the_errors_are_the_files(runs, page):
 
 
 def test_ten_crops_come_from_the_predictions_where_the_run_has_none(runs):
-    study = read_study(runs[0])
-    top1, top5 = study.answers.errors
-    assert list_errors([study])[0]["errors"][2:] == [f"{top1:.2f}", f"{top5:.2f}"]
-    assert list_errors([read_study(runs[1])])[0]["errors"][2:] == ["", ""]
+    data = read_run(runs[0])
+    top1, top5 = data.predictions.errors
+    assert list_errors([data])[0]["errors"][2:] == [f"{top1:.2f}", f"{top5:.2f}"]
+    assert list_errors([read_run(runs[1])])[0]["errors"][2:] == ["", ""]
 
 
 def test_predictions_of_a_run_that_does_not_hold_its_classes_are_left_out_with_the_remedy(tmp_path):
@@ -106,11 +106,11 @@ def test_predictions_of_a_run_that_does_not_hold_its_classes_are_left_out_with_t
     config = read_config(run)
     del config["classes"]
     write_config(run, config)
-    study = read_study(run)
-    assert study.answers is None and "--shards" in study.left_out[0]
-    assert any("predictions.csv" in text for text in Page(render([study])).words("p"))
+    data = read_run(run)
+    assert data.predictions is None and "--shards" in data.left_out[0]
+    assert any("predictions.csv" in text for text in Page(render([data])).words("p"))
     with pytest.raises(UserError, match="does not hold its classes"):
-        read_study(run, predictions=run / "predictions.csv")
+        read_run(run, predictions=run / "predictions.csv")
 
 
 def test_a_run_on_imagenet_is_said_to_be_one(tmp_path):
@@ -118,22 +118,22 @@ def test_a_run_on_imagenet_is_said_to_be_one(tmp_path):
     config = read_config(run)
     config["classes"] = [[wnid, name] for wnid, name in load_ilsvrc2012().items()]
     write_config(run, config)
-    assert list_errors([read_study(run)])[0]["data"] != "ILSVRC-2012 validation"  # 200 images
+    assert list_errors([read_run(run)])[0]["data"] != "ILSVRC-2012 validation"  # 200 images
     with MetricsLog.open(run / METRICS, 10**9) as log:
         log.eval(step=300, epoch=3, crops="ten", num_images=50_000, loss=1.0, top1_error=40.7, top5_error=18.2)
-    assert list_errors([read_study(run)])[0]["data"] == "ILSVRC-2012 validation"
-    assert "do not compare" not in render([read_study(run)])
+    assert list_errors([read_run(run)])[0]["data"] == "ILSVRC-2012 validation"
+    assert "do not compare" not in render([read_run(run)])
 
 
 def test_curves_of_several_runs_stand_in_the_same_charts_and_each_can_be_hidden(runs):
-    text = render([read_study(run) for run in runs])
+    text = render([read_run(run) for run in runs])
     page = Page(text)
     charts = [a for tag, a in page.tags if tag == "svg" and a.get("class") == "chart"]
     assert sum(a.get("class") == "chart swatch" for tag, a in page.tags if tag == "svg") == 2
     assert [chart["aria-label"] for chart in charts] == [
         "Top-1 error", "Top-5 error", "Loss", "Learning rate", "Throughput", "Waiting for data",
     ]  # fmt: skip
-    classes = [a.get("class", "").split() for tag, a in page.tags if tag == "path"]
+    classes = [a.get("class", "").split() for tag, a in page.tags if tag == "g"]
     for run in ("run0", "run1"):
         assert sum("mark" in c and run in c for c in classes) == 3  # one cut, in three charts
         for kind in ("raw", "smooth", "points"):
@@ -151,26 +151,28 @@ def test_kernels_predictions_neighbours_and_classes_come_from_the_net(ready_shar
     run = trained.make_run(tmp_path, "demo", ready_shards, trained.PAPER)
     with MetricsLog.open(run / METRICS, None) as log:
         log.eval(step=32, epoch=1, crops="centre", num_images=24, loss=1.0, top1_error=50.0, top5_error=0.0)
-    study = read_study(run, num_images=20)
-    page = Page(render([study]))
+    data = read_run(run, num_images=20)
+    page = Page(render([data]))
     pictures = [a for tag, a in page.tags if tag == "img"]
     assert sum("kernels of conv1" in a["alt"] for a in pictures) == 2  # a tower each
     assert sum(a["alt"].startswith("A validation image") for a in pictures) == 8
     assert len(pictures) == 2 + 8 + 5 * 7
-    right = sum(guess.classes[0] == guess.label for guess in study.examples.guesses)
+    right = sum(guess.classes[0] == guess.label for guess in data.examples.guesses)
     captions = page.words("figcaption")[:8]
     assert sum(text.startswith("✓") for text in captions) == right
     names = [entry.name for entry in ShardSet.open(ready_shards).manifest.classes]
     assert {text[2:] for text in captions} <= set(names)
-    assert study.answers.errors[0] == pytest.approx(100 * (study.answers.best[:, 0] != study.answers.labels).mean())
+    assert data.predictions.errors[0] == pytest.approx(
+        100 * (data.predictions.best[:, 0] != data.predictions.labels).mean()
+    )
     assert any("24 images, centre crop" in text for text in page.words("p"))
 
 
 def test_the_same_runs_give_the_same_bytes_and_a_page_is_whole_or_not_there(runs, tmp_path):
     target = tmp_path / "new" / "page.html"
-    write_page([read_study(runs[0])], target)
+    write_page([read_run(runs[0])], target)
     first = target.read_bytes()
-    write_page([read_study(runs[0])], target)
+    write_page([read_run(runs[0])], target)
     assert target.read_bytes() == first and first.rstrip().endswith(b"</html>")
     assert [path.name for path in target.parent.iterdir()] == ["page.html"]
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from trainer.recipe import RECIPES, override, to_dict
-from trainer.report.repeat import repeat_command, spell_changes
+from trainer.report.page import repeat_command, spell_changes
 
 
 def read_back(command):

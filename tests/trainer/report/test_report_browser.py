@@ -5,7 +5,7 @@ import shutil
 import pytest
 
 from tests.trainer.report.reporting import WILD_RUN, make_run
-from trainer.report.data import read_study
+from trainer.report.data import read_run
 from trainer.report.page import write_page
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -29,7 +29,7 @@ def page_file(tmp_path_factory):
     """Two runs, one with a hostile name, both with a class that has one."""
     folder = tmp_path_factory.mktemp("runs")
     runs = [make_run(folder / WILD_RUN, num_predictions=120, num_classes=30), make_run(folder / "other", seed=1)]
-    write_page([read_study(run) for run in runs], folder / "report.html")
+    write_page([read_run(run) for run in runs], folder / "report.html")
     return folder / "report.html"
 
 
@@ -122,7 +122,7 @@ def test_the_page_works_by_keyboard(visit, page_file):
 
 def test_a_run_of_a_thousand_classes_and_ninety_epochs_is_a_small_page(visit, tmp_path):
     run = make_run(tmp_path / "paper", num_classes=1000, num_epochs=90, records=100, num_predictions=5000)
-    write_page([read_study(run)], tmp_path / "report.html")
+    write_page([read_run(run)], tmp_path / "report.html")
     assert (tmp_path / "report.html").stat().st_size < LARGEST_PAGE_BYTES
     page = visit(tmp_path / "report.html", "phone")
     assert page.evaluate("document.querySelectorAll('*').length") < MOST_NODES

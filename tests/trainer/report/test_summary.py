@@ -13,8 +13,8 @@ from trainer.model import AlexNet
 from trainer.recipe import RECIPES, override, to_dict
 from trainer.record.metrics import MetricsLog
 from trainer.record.runs import BEST, CHECKPOINTS, LAST, METRICS, create_run, write_config
-from trainer.report.data import read_study
-from trainer.report.summary import compare, format_summary, report
+from trainer.report.data import read_run
+from trainer.report.summary import compare, draw, format_summary, summarise
 
 TRAIN = {"loss": 2.0, "top1_error": 80.0, "top5_error": 30.0, "lr": 0.01, "time_s": 1.0}
 EVAL = {"num_images": 200, "loss": 1.5}
@@ -23,6 +23,11 @@ MODEL = {
     "conv2.weight": torch.zeros(16, 3, 5, 5),
     "fc8.weight": torch.zeros(10, 256),
 }
+
+
+def report(run, **options):
+    data = read_run(run, **options)
+    return summarise(data, draw(data))
 
 
 @pytest.fixture
@@ -70,10 +75,15 @@ def test_the_summary_says_what_the_files_say(run):
 
 def test_the_pictures_are_where_the_summary_says(run, monkeypatch):
     drawn = {}
-    monkeypatch.setattr("trainer.report.summary.plot_kernels", lambda w, path, towers: drawn.update(k=(w, towers)))
-    monkeypatch.setattr("trainer.report.summary.plot_curves", lambda _metrics, _path, **named: drawn.update(named))
+    monkeypatch.setattr(
+        "trainer.report.summary.kernels_figure", lambda weight, towers: drawn.update(k=(weight, towers))
+    )
+    monkeypatch.setattr(
+        "trainer.report.summary.curves_figure", lambda metrics, classes: drawn.update(c=(metrics, classes))
+    )
+    monkeypatch.setattr("trainer.report.summary.write_png", lambda _figure, path: None)
     report(run)
-    assert drawn["num_classes"] == 10
+    assert drawn["c"][1] == 10
     assert drawn["k"][1] == 2  # conv2's kernels see three of conv1's six maps
     assert torch.equal(torch.from_numpy(drawn["k"][0]), MODEL["conv1.weight"].float())
     monkeypatch.undo()
@@ -179,13 +189,12 @@ def test_several_runs_are_compared_by_what_differs(trained, tmp_path, monkeypatc
     (other / METRICS).write_bytes((trained / METRICS).read_bytes())
     write_config(other, {"recipe": to_dict(override(RECIPES["demo"], ["width=0.0625", "activation=tanh"]))})
     drawn = {}
-    monkeypatch.setattr(
-        "trainer.report.summary.plot_training_errors", lambda runs, path: drawn.update({path.name: runs})
-    )
-    monkeypatch.setattr("trainer.report.summary.plot_overfitting", lambda runs, path: drawn.update({path.name: runs}))
-    assert [path.name for path in compare([read_study(trained), read_study(other)])] == list(drawn)
+    monkeypatch.setattr("trainer.report.summary.training_errors_figure", lambda runs: runs)
+    monkeypatch.setattr("trainer.report.summary.overfitting_figure", lambda runs: runs)
+    monkeypatch.setattr("trainer.report.summary.write_png", lambda runs, path: drawn.update({path.name: runs}))
+    assert [path.name for path in compare([read_run(trained), read_run(other)])] == list(drawn)
     assert list(drawn) == ["training_errors.png", "training_and_validation.png"]
     assert [list(runs) for runs in drawn.values()] == [["relu", "tanh"]] * 2
     monkeypatch.undo()
-    for path in compare([read_study(trained), read_study(other)]):
+    for path in compare([read_run(trained), read_run(other)]):
         Image.open(path).verify()

@@ -35,10 +35,7 @@ def test_the_schedules_news_are_told_and_recorded_without_validation_images_too(
     train_only, ready_shards, tmp_path, capsys
 ):
     for name, shards in (("with", ready_shards), ("without", train_only)):
-        job = Job(
-            shards=str(shards), runs=tmp_path, name=name, recipe=RECIPE, seed=0, use_gpu=False,
-            tensorboard=False,
-        )  # fmt: skip
+        job = Job(shards=str(shards), runs=tmp_path, name=name, recipe=RECIPE, seed=0, use_gpu=False)
         assert train.run_rank(job) == 0
         records = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         events = [(r["name"], r["epoch"], r["text"]) for r in records if r["kind"] == "event" and "text" in r]

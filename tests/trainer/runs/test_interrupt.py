@@ -24,15 +24,14 @@ NARROW = ["--recipe", "demo", "--set", "width=0.0625", "--global-batch-size", "2
 KILLED = """
 import os, signal, sys
 from pipeline.common import console
-from trainer.record.progress import TerminalDisplay
-from trainer.record.progress import Tally
+from trainer.record.progress import Progress, TerminalDisplay
 import click
 
 @click.command()
 def command():
     child = os.fork()
     if not child:
-        TerminalDisplay(Tally(1, 10)).__enter__()
+        TerminalDisplay(Progress(1, 10)).__enter__()
         os.kill(os.getpid(), signal.SIGKILL)
     os.waitpid(child, 0)
 

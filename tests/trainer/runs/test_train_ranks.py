@@ -19,11 +19,10 @@ from pipeline.options import LoaderOptions
 from pipeline.shards import ShardSet
 from trainer import checkpoint
 from trainer.checkpoint import check_resumable, choose_streams, find_launched
-from trainer.config import Job
+from trainer.config import Job, Parallel
 from trainer.data import TrainFeed
 from trainer.distributed import Ranks, gather, join
 from trainer.launch import launch
-from trainer.parallel import Parallel
 from trainer.recipe import RECIPES
 from trainer.train import run_rank
 
@@ -97,7 +96,7 @@ def test_every_mode_and_number_of_ranks_goes_on_from_the_epoch_of_another(ready_
         state = checkpoint.load(run / "checkpoints" / "last.pt")
         assert len(state["ranks"]) == num_ranks and state["epoch"] == epoch + 1
         assert state["model"]["conv3.weight"].shape == (24, 16, 3, 3)  # whole, whoever saved it
-        assert state["optimizer"]["state"][0]["velocity"].shape == state["model"]["conv1.weight"].shape
+        assert state["optimizer"]["state"][0]["momentum_buffer"].shape == state["model"]["conv1.weight"].shape
     evals = read_evals(run)
     assert [(record["epoch"], record["num_images"]) for record in evals] == [(n, 24) for n in range(1, 6)]
 

@@ -1,7 +1,6 @@
 """One image, bytes to JPEG bytes, by each library that prepare.py races: shorter side to 256, central 256x256, 4:2:0.
 
-The decision that shaped it: heavy libraries are imported when a function is made, in the process that uses it, so that
-one that is missing is one contestant less. Left out: reading, writing, workers (prepare_pool.py).
+Libraries are imported in the process that uses them, so that one that is missing is one contestant less.
 """
 # mypy: disable-error-code="import-not-found,import-untyped"
 

@@ -1,8 +1,5 @@
-"""The contestants of feed.py that finish their pixels with one kernel in numba: FFCV, and decoding by hand.
-
-The decision that shaped it: both share the kernel, so that what differs is the decoder and the way to it. Left out: the
-way the draws are made where a library has none of its own (samples.py).
-"""
+"""The contestants of feed.py that finish their pixels with one kernel in numba, which they share: FFCV, and decoding by
+hand."""
 # mypy: disable-error-code="import-not-found,import-untyped"
 
 import threading
@@ -11,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from samples import BATCH, CROP_PX, LONG_EPOCH, MAX_OFFSET_PX, SIZE_PX, Batches, Job, Samples, rng, rotate
+from harness.samples import BATCH, CROP_PX, LONG_EPOCH, MAX_OFFSET_PX, SIZE_PX, Batches, Job, Samples, rng, rotate
 
 
 def compile_kernel() -> Callable[..., None]:

@@ -1,10 +1,8 @@
 """The contestants of prepare.py: image files -> 256x256 JPEGs of quality 90, each in its best known form on few cores.
 
-The decision that shaped it: the same work for all. Shorter side to 256, central 256x256, 4:2:0 JPEG, written to disk in
-WebDataset tars or in the library's own format; processes are started before the clock, because a set of millions
-would not notice them. What starts workers in every call (ours, FFCV, LitData, vipsthumbnail) pays for that, and
-prepare.py says how much. Left out: the clock's rounds and the comparison of pixels (prepare.py).
-Run by prepare.py: `python peers_prepare.py NAME JOB`, answering calls on its standard input.
+The same work for all: shorter side to 256, central 256x256, 4:2:0 JPEG, written to disk in WebDataset tars or in the
+library's own format. What starts workers in every call (ours, FFCV, LitData, vipsthumbnail) pays for that, and
+prepare.py says how much. The race runs it as `python peers/prepare.py NAME JOB`.
 """
 # mypy: disable-error-code="import-not-found,import-untyped"
 
@@ -17,8 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from children import Contestant, serve
-from prepare_images import (
+from harness.children import Contestant, serve
+from harness.prepare_images import (
     QUALITY,
     SIZE_PX,
     Encode,
@@ -29,8 +27,8 @@ from prepare_images import (
     make_pyvips,
     make_simplejpeg,
 )
-from prepare_ours import ours
-from prepare_pool import Job, Timed, limit, pooled, prepare_file, start_pool, unpack
+from peers.prepare_ours import ours
+from peers.prepare_pool import Job, Timed, limit, pooled, prepare_file, start_pool, unpack
 
 FFCV_MAX_RESOLUTION_PX = 341  # of the longer side: at 4:3 the shorter is 256; FFCV does not crop
 

@@ -1,10 +1,9 @@
 """The contestants of feed.py: stored 256x256 images -> shuffled batches of 128 crops, each library in its best form.
 
-The decision that shaped it: every way is an endless generator of (images, labels), started once and kept running, so
-that a turn of the clock sees the steady state, without the start or the end of an epoch. What differs is how samples
-are stored and decoded; the draws (offset, flip, colour shift) and the arithmetic are the same: pixel - shift, where
-shift is the channel mean minus lighting. Conversions to a library's own format happen once, before the clock.
-Left out: the clock's rounds and the comparison of pixels (feed.py). Run by feed.py: `python peers_feed.py NAME JOB`.
+Every way is an endless generator of (images, labels) that is started once, so that a turn of the clock sees the steady
+state. How samples are stored and decoded differs; the draws (offset, flip, colour shift) and the arithmetic are the
+same: pixel - shift, where shift is the channel mean minus lighting. Conversions to a library's own format happen
+before the clock. The race runs it as `python peers/feed.py NAME JOB`.
 """
 # mypy: disable-error-code="import-not-found,import-untyped"
 
@@ -15,11 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import peers_numba
-import peers_pillow
-from children import Contestant, serve
-from limits import limit
-from samples import (
+from harness.children import Contestant, serve
+from harness.limits import limit
+from harness.samples import (
     BATCH,
     BUFFERED_BATCHES,
     CROP_PX,
@@ -33,6 +30,7 @@ from samples import (
     draw_order,
     rng,
 )
+from peers import with_numba, with_pillow
 
 BYTES_OF_ENCODED = 32768
 
@@ -205,17 +203,17 @@ WAYS: dict[str, tuple[Callable[[Job], Batches], tuple[str, ...]]] = {
     "dali": (lambda job: dali(job, "jpeg"), ("nvidia-dali-cuda120", "torch")),
     "dali-uint8": (lambda job: dali(job, "uint8"), ("nvidia-dali-cuda120", "torch")),
     "dali-raw": (lambda job: dali(job, "raw"), ("nvidia-dali-cuda120", "torch")),
-    "ffcv": (lambda job: peers_numba.ffcv(job, "jpg"), ("ffcv", "torch", "numba", "numpy")),
-    "ffcv-raw": (lambda job: peers_numba.ffcv(job, "raw"), ("ffcv", "torch", "numba", "numpy")),
-    "by-hand": (lambda job: peers_numba.by_hand(job, "jpeg"), ("simplejpeg", "numba", "numpy")),
-    "by-hand-raw": (lambda job: peers_numba.by_hand(job, "raw"), ("numba", "numpy")),
+    "ffcv": (lambda job: with_numba.ffcv(job, "jpg"), ("ffcv", "torch", "numba", "numpy")),
+    "ffcv-raw": (lambda job: with_numba.ffcv(job, "raw"), ("ffcv", "torch", "numba", "numpy")),
+    "by-hand": (lambda job: with_numba.by_hand(job, "jpeg"), ("simplejpeg", "numba", "numpy")),
+    "by-hand-raw": (lambda job: with_numba.by_hand(job, "raw"), ("numba", "numpy")),
     "tfdata": (tfdata, ("tensorflow", "tensorflow-cpu")),
     "spdl": (spdl, ("spdl", "spdl-io", "numpy")),
-    "dataloader": (peers_pillow.dataloader, ("torch", "pillow")),
-    "webdataset": (peers_pillow.webdataset, ("webdataset", "torch", "pillow")),
-    "mosaic": (peers_pillow.mosaic, ("mosaicml-streaming", "torch", "pillow")),
-    "litdata": (peers_pillow.litdata, ("litdata", "torch", "pillow")),
-    "grain": (peers_pillow.grain, ("grain", "array-record", "pillow")),
+    "dataloader": (with_pillow.dataloader, ("torch", "pillow")),
+    "webdataset": (with_pillow.webdataset, ("webdataset", "torch", "pillow")),
+    "mosaic": (with_pillow.mosaic, ("mosaicml-streaming", "torch", "pillow")),
+    "litdata": (with_pillow.litdata, ("litdata", "torch", "pillow")),
+    "grain": (with_pillow.grain, ("grain", "array-record", "pillow")),
     "limit-full": (lambda job: limit(job, "full"), ("pillow",)),
     "limit-crop": (lambda job: limit(job, "crop"), ("pillow",)),
     "limit-convert": (lambda job: limit(job, "convert"), ("numpy",)),
@@ -258,6 +256,6 @@ def _make(name: str, raw: dict[str, Any]) -> Contestant:
 
 
 if __name__ == "__main__":
-    import peers_feed  # by its name: what worker processes are sent must not live in __main__
+    from peers import feed  # by its name: what worker processes are sent must not live in __main__
 
-    serve(peers_feed._make)
+    serve(feed._make)

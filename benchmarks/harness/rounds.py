@@ -1,8 +1,7 @@
-"""The race: who takes part, and rounds in which all take turns.
+"""The race: who takes part, and rounds in which all take turns, each beginning with another contestant.
 
-The decision that shaped it: rounds alternate, each beginning with another contestant, and whatever keeps the cores busy
-while all of ours are stopped is foreign work, which is measured and reported. A contestant whose library is missing, or
-that fails, keeps its row and says so. Left out: what is measured (prepare.py, feed.py, step.py) and how (peers_*.py).
+Whatever keeps the cores busy while all of ours are stopped is foreign work, which is measured and reported. A
+contestant whose library is missing, or that fails, keeps its row and says so.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -10,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from children import Child, Failed
-from machine import watch_foreign
+from harness.children import Child, Failed
+from harness.machine import watch_foreign
 
 LISTEN_S = 0.2  # how long foreign work is watched before each turn
 

@@ -1,4 +1,4 @@
-"""Samples as shards hold them: format, fidelity, determinism; batches, and what becomes of a bad image in one."""
+"""Samples as shards hold them: format, fidelity, determinism; and what becomes of a bad image among good ones."""
 
 import hashlib
 import io
@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.common.errors import UserError
 from pipeline.images import decode as decoding
 from pipeline.images import resize as imaging
-from pipeline.images.decode import BadImage
 from tests.docs.pictures import SIDE, noise, picture, pixels_of, prepare_raw, psnr, save, square
-from tools.sharding.hostcodec import Prepared, prepare
-from tools.sharding.preparer import make_preparer
+from tests.sharding import read_samples
+from tools.sharding.plan import Options, Unit
+from tools.sharding.store import FolderStore
+from tools.sharding.write import Prepared, Setup, prepare, write_unit
+from tools.sources.source import Entry
 
 
 def test_the_output_is_a_baseline_420_jpeg_of_256_square_without_metadata():
@@ -62,15 +63,27 @@ def test_fidelity_on_photographs_is_that_of_the_best_fast_tools(real_images):
     assert np.mean(values) >= 34.3
 
 
-def test_a_batch_keeps_its_order_and_isolates_bad_images():
+def test_bad_images_leave_gaps_in_the_keys_and_the_good_ones_as_they_are(tmp_path):
     good = [save(picture(300, 300, seed), kind) for seed, kind in enumerate(["JPEG", "PNG", "JPEG"])]
     contents = [good[0], b"", good[1], good[2][:1500], good[2], good[0]]
-    results = make_preparer(device="cpu", encoding="jpeg", quality=90)(contents)
-    assert [type(result) for result in results] == [Prepared, BadImage, Prepared, BadImage, Prepared, Prepared]
-    for data, result in zip(contents, results, strict=True):
-        if isinstance(result, Prepared):
-            assert result == prepare(data, encoding="jpeg", quality=90)
-    assert make_preparer(device="cpu", encoding="raw", quality=90)([]) == []
+
+    def read(entry: Entry) -> bytes:
+        if entry.path == "3":
+            raise FileNotFoundError(2, "No such file or directory", "3")
+        return contents[int(entry.path)]
+
+    ticks = []
+    unit = Unit("train-000000.tar", "train", tuple(range(6)), tuple(Entry(str(n), n) for n in range(6)))
+    written = write_unit(Setup(FolderStore(tmp_path), "job", Options(), read), unit, ticks.append)
+    samples = read_samples(tmp_path, "train")
+    assert {int(key): (image, int(label)) for key, (image, label) in samples.items()} == {
+        n: (prepare(contents[n], encoding="jpeg", quality=90).content, n) for n in (0, 2, 4, 5)
+    }
+    assert list(map(tuple, written.failures)) == [
+        ("1", "the file is empty", "UnidentifiedImageError"),
+        ("3", "No such file or directory", "FileNotFoundError"),
+    ]
+    assert sum(tick.num_images for tick in ticks) == 6 and ticks[0].failures == written.failures
 
 
 @pytest.mark.parametrize("message", ["Insufficient memory (case 4)", "DefaultCPUAllocator: can't allocate memory"])
@@ -84,25 +97,16 @@ def test_a_machine_out_of_memory_is_not_the_fault_of_the_image(monkeypatch, mess
         monkeypatch.setattr(decoding.simplejpeg, "decode_jpeg_header", lambda *_a, **_o: (300, 300, "YCbCr", "420"))
         monkeypatch.setattr(decoding.simplejpeg, "decode_jpeg", fail)
     else:
-        monkeypatch.setattr(imaging, "resize", fail)
+        monkeypatch.setattr(imaging, "to_square", fail)
     with pytest.raises(MemoryError, match="memory"):
-        make_preparer(device="cpu", encoding="jpeg", quality=90)([data])
-
-
-def test_a_gpu_is_asked_for_in_vain_with_a_remedy():
-    torch = pytest.importorskip("torch")
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU")
-    with pytest.raises(UserError, match=r"no CUDA device.*--device cpu"):
-        make_preparer(device="gpu", encoding="jpeg", quality=90)
+        prepare(data, encoding="jpeg", quality=90)
 
 
 DIGEST = """
 import hashlib, sys
 from pathlib import Path
-from tools.sharding.preparer import make_preparer
-contents = [Path(name).read_bytes() for name in sys.argv[1:]]
-results = make_preparer(device="cpu", encoding="jpeg", quality=90)(contents)
+from tools.sharding.write import prepare
+results = [prepare(Path(name).read_bytes(), encoding="jpeg", quality=90) for name in sys.argv[1:]]
 print(hashlib.sha256(b"".join(result.content for result in results)).hexdigest())
 """
 

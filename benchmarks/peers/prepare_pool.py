@@ -1,7 +1,6 @@
-"""What the ways of preparing images share: the job, a pool of processes that are warm before the clock runs, tars.
+"""What the ways of preparing images share: the job, tars, and a pool of processes.
 
-The decision that shaped it: processes are started before the clock, because a set of millions would not notice them.
-Left out: what is done to an image (prepare_images.py).
+They are started before the clock, because a set of millions would not notice their start.
 """
 
 import multiprocessing
@@ -14,8 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from children import Contestant
-from prepare_images import Encode
+from harness.children import Contestant
+from harness.prepare_images import Encode
 
 Timed = tuple[int, float, int]  # images, seconds, images worked on
 _prepare: Encode  # of a worker process

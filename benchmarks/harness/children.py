@@ -1,9 +1,7 @@
-"""Contestants in processes of their own: what a child offers, its life, and the parent's hold on it.
+"""Contestants as child processes, each with its own interpreter: a line of JSON asks, a line of JSON answers.
 
-The decision that shaped it: every contestant is a child process with its own interpreter that answers one line of JSON
-with one line of JSON, so libraries that clash can meet in one run. A child is stopped (SIGSTOP) whenever it is not its
-turn: nobody prefetches on another's time. Left out: whose turn it is (rounds.py). Standard library only, because the
-children import this file in any environment.
+A child is stopped (SIGSTOP) whenever it is not its turn, so that nobody prefetches on another's time. Standard library
+only, because the children import this file in any environment.
 """
 
 import contextlib
@@ -22,8 +20,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from machine import sum_cpu_ticks
+from harness.machine import sum_cpu_ticks
 
+BENCHMARKS = Path(__file__).resolve().parents[1]
 REPLY_LIMIT_S = 1200.0
 
 
@@ -92,7 +91,7 @@ class Child:
             "OMP_NUM_THREADS": threads,
             "NUMBA_NUM_THREADS": threads,
             "TF_CPP_MIN_LOG_LEVEL": "2",
-            "PYTHONPATH": os.pathsep.join([str(script.parent), *job.get("paths", [])]),
+            "PYTHONPATH": os.pathsep.join([str(BENCHMARKS), *job.get("paths", [])]),
         }
         with log.open("ab") as file, _on_cpus(cpus):  # not preexec_fn: a signal's exception is lost in its fork hooks
             self._process = subprocess.Popen(

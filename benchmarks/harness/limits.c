@@ -1,8 +1,8 @@
 /* The physical limits of feed.py: what libjpeg-turbo and memory allow, with nothing around them.
  *
- * Compiled by peers_feed.py; libjpeg-turbo is the one that Pillow brings, loaded before this library, so that the limit
+ * Compiled by limits.py; libjpeg-turbo is the one that Pillow brings, loaded before this library, so that the limit
  * is set by a current release and not by the distribution's. Each function works through a batch in one call, so Python
- * takes no part. Left out: error recovery (a bad image ends the process; the benchmark made the images itself).
+ * takes no part. A bad image ends the process: the benchmark made the images itself.
  */
 #include <stddef.h>
 #include <stdint.h>

@@ -1,14 +1,13 @@
 """What a race found, as a table in Markdown and as a document for JSON: medians, spread, ratios taken round by round.
 
-The decision that shaped it: every row that took part stays, with its rates or with the reason why there are none, and
-the machine, the settings, other work and all versions stand below. Left out: running anything (rounds.py).
+Every row that took part stays, with its rates or with the reason why there are none.
 """
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from rounds import Row
+from harness.rounds import Row
 
 
 def summarise(values: Sequence[float]) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """What the contestants of feed.py are fed: the same images as shards, raw shards and plain files, with their colours.
 
-The decision that shaped it: it is kept in the scratch folder, and made again only for another source or number. Left
-out: the conversions to the peers' own formats, which are theirs (peers_feed.py).
+It is kept in the scratch folder, and made again only for another source or number.
 """
 
 import argparse
@@ -16,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from harness.source_images import lay_out, list_photographs, make_synthetic
 from PIL import Image
-from prepare import lay_out, list_photographs, make_synthetic
 
 SAMPLES_PER_SHARD = 128
 COPIES = 64  # of the set in the list of shards (links): so that an epoch's end comes as seldom as ImageNet's

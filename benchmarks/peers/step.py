@@ -1,10 +1,9 @@
 """The contestants of step.py: training steps on one batch that lies in memory, each library's way as it is written.
 
-The decision that shaped it: "the usual reproduction" is what public AlexNet repositories have in common: a Sequential
-of Conv2d, ReLU(inplace), nn.LocalResponseNorm and MaxPool2d in NCHW float32, dropout before the linear layers,
-torch.optim.SGD with momentum and weight decay. Most of them leave out the groups, which makes another, larger
-network, so it runs both ways. The limits are contestants too: they do the arithmetic, or move the bytes, of so many
-images. Left out: the clock's rounds (step.py). Run by step.py: `python peers_step.py NAME JOB`.
+"The usual reproduction" is what public AlexNet repositories have in common: a Sequential of Conv2d, ReLU(inplace),
+nn.LocalResponseNorm and MaxPool2d in NCHW float32, dropout before the linear layers, torch.optim.SGD with momentum and
+weight decay. Most of them leave out the groups, which makes a larger network, so it runs both ways. The limits do the
+arithmetic, or move the bytes, of so many images. The race runs it as `python peers/step.py NAME JOB`.
 """
 # mypy: disable-error-code="import-not-found,import-untyped"
 
@@ -14,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from children import Contestant, serve
+from harness.children import Contestant, serve
 from torch import Tensor, nn
 from torch.nn import functional
 

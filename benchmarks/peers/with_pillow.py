@@ -1,7 +1,7 @@
 """The contestants of feed.py that decode sample by sample with Pillow in worker processes, as most code does.
 
-The decision that shaped it: the worker finishes whole batches, so that only batches travel between processes; that is
-each library's fastest way short of another decoder. Left out: the arithmetic (samples.py).
+The worker finishes whole batches, so that only batches travel between processes: each library's fastest way short of
+another decoder.
 """
 # mypy: disable-error-code="import-not-found,import-untyped"
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
 
-from samples import BATCH, LONG_EPOCH, Augment, Batches, Job, Sample, Samples, draw_order, rng
+from harness.samples import BATCH, LONG_EPOCH, Augment, Batches, Job, Sample, Samples, draw_order, rng
 
 
 class _PillowSet:

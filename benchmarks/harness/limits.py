@@ -1,8 +1,4 @@
-"""The limits of feed.py: limits.c, compiled when asked for and driven by threads.
-
-The decision that shaped it: a limit is a whole batch in one call of C, so that Python only hands out work. Left out:
-what the functions do (limits.c).
-"""
+"""The limits of feed.py: limits.c, compiled when asked for and driven by threads, a batch in each call."""
 
 import ctypes
 import subprocess
@@ -11,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from samples import CROP_PX, MAX_OFFSET_PX, SIZE_PX, Batches, Job, rng, rotate
+from harness.samples import CROP_PX, MAX_OFFSET_PX, SIZE_PX, Batches, Job, rng, rotate
 
 
 def limit(job: Job, kind: str) -> Batches:

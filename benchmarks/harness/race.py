@@ -1,8 +1,4 @@
-"""What the races share besides their rounds: options, scratch folder, a start for everyone, the results of pairs.
-
-The decision that shaped it: a race says who takes part, what each is told and how it is looked at before the clock
-runs; everything else happens here, alike for all. Left out: rounds (rounds.py), the table (racetable.py).
-"""
+"""What the races share besides their rounds: options, scratch folder, a start for everyone, the results of pairs."""
 
 import argparse
 import json
@@ -13,10 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from children import Child, Failed, unwind_when_terminated
-from machine import choose_cpus
-from racetable import compare
-from rounds import Entry, Row, choose, start_child
+from harness.children import Child, Failed, unwind_when_terminated
+from harness.machine import choose_cpus
+from harness.racetable import compare
+from harness.rounds import Entry, Row, choose, start_child
 
 Measured = tuple[str, dict[str, Any]]
 

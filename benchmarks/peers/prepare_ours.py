@@ -6,14 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from children import Contestant
-from prepare_pool import Job, Timed, read_tar
+from harness.children import Contestant
+from peers.prepare_pool import Job, Timed, read_tar
 
 NUM_STAGE_PASSES = 4
 STAGES = {  # functions of ours that make up a stage, by the names they are looked up under
     "decode": "pipeline.images.resize.decode",
     "resize and crop": "pipeline.images.resize.to_square",
-    "encode": "tools.sharding.hostcodec.encode",
+    "encode": "tools.sharding.write.encode",
 }
 
 

@@ -1,8 +1,7 @@
-"""What the contestants of feed.py are fed, and the draws and arithmetic of those that do them in Python.
+"""What the contestants of feed.py are fed, and the draws and arithmetic of those that do them in Python. NumPy only.
 
-The decision that shaped it: one form of the data for all, encoded bytes and raw pixels in flat files, from which each
-library converts to its own; and one kind of draws, so that rows differ in what they are named after. NumPy only.
-Left out: the contestants (peers_feed.py, peers_numba.py, peers_pillow.py, limits.py).
+All start from encoded bytes and raw pixels in flat files and draw alike, so that rows differ in what they are named
+after.
 """
 
 import io

@@ -1,8 +1,7 @@
 """Shards of any number of samples that take hardly any room on the disk, for growth.py.
 
-The decision that shaped it: one real tar of up to 5,000 samples (flat 256x256 pictures) under as many names as it
-takes, as links, with an index each: what is read at the start (manifest, indices) has its full size, what is read
-later does not exist twice. Left out: the truth of the checksums.
+One real tar of up to 5,000 samples (flat 256x256 pictures) has as many names as it takes, by links, with an index each.
+The checksums in the manifest are made up.
 """
 
 import io
