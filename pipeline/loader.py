@@ -53,6 +53,12 @@ class Draws(NamedTuple):
     keys: Tensor
 
 
+_REMEDIES = {  # for what no setting changes
+    "graph": "go on with the version of alexnet-dali that saved it",
+    "DALI version": "install that version of nvidia-dali-cuda120",
+}
+
+
 class TrainLoader:
     """Endless training data, an epoch per `for` loop: the part of `rank` out of `world_size`, shuffled, augmented.
 
@@ -184,7 +190,7 @@ class TrainLoader:
             if saved.get(name) != here:
                 raise UserError(
                     f"the loader's state was saved with {name} {saved.get(name)}, this one has {here}; "
-                    "resume with the same settings, or start a new run"
+                    f"{_REMEDIES.get(name, 'resume with the same settings')}, or start a new run"
                 )
         try:
             stream = self._start(checkpoint, int(state["taken"]))
