@@ -132,7 +132,8 @@ class _Run:
         check_ours(self.store, items, self.plan.job, force=self.force, part=self.part)
         if self.force or not (manifest := find_complete(self.store, items, self.plan.job)):
             return None
-        self.store.delete(JOB_FILE)
+        if JOB_FILE in items:  # else nothing is changed: the disk may be a read-only one
+            self.store.delete(JOB_FILE)
         written = find_finished(self.store, items, self.plan.shards, self.plan.job)
         return self._summarise(written, num_kept=len(manifest.shards), num_prepared=0, was_complete=True)
 
