@@ -164,6 +164,7 @@ def test_a_complete_output_is_recognised_and_left_alone(tree, tmp_path):
     assert (again.images, again.shards, again.num_bytes) == (first.images, first.shards, first.num_bytes)
     assert {path.name: path.stat().st_mtime_ns for path in first.out.iterdir()} == before
 
+
 def test_a_finished_output_is_looked_at_on_a_disk_that_takes_no_write(small_tree, tmp_path, monkeypatch):
     """As a read-only mount answers: it refuses to remove a file that is not there, too."""
     out = make(small_tree, tmp_path / "out").out
