@@ -212,10 +212,12 @@ class _Run:
                 lost = [failure for unit in written.values() if unit.shard.split == split for failure in unit.failures]
                 raise UserError(
                     f"{split}: none of {len(lost)} images can be used, expected at least one; {name_failures(lost)}; "
-                    "mend them and run again with --force"
+                    f"mend them and run again with --force; {self._list_failures(failures)}"
                 )
         if failures:
             self.store.write(FAILURES_FILE, encode_failures(failures))
+        elif FAILURES_FILE in self.store.list():  # of a run that was refused, before the images were mended
+            self.store.delete(FAILURES_FILE)
         options = self.plan.options
         manifest = Manifest(
             schema=SCHEMA,
@@ -235,7 +237,18 @@ class _Run:
         self.store.delete(JOB_FILE)  # no longer unfinished
 
     def _refuse_failures(self, failures: Sequence[Failure]) -> None:
-        refuse_failures(failures, self.max_failures, self.plan.num_images)
+        try:
+            refuse_failures(failures, self.max_failures, self.plan.num_images)
+        except UserError as error:
+            raise UserError(f"{error.args[0]}; {self._list_failures(failures)}") from None
+
+    def _list_failures(self, failures: Sequence[Failure]) -> str:
+        """Write the failures of a job that is refused. Says where they are."""
+        try:
+            self.store.write(FAILURES_FILE, encode_failures(failures))
+        except OSError as error:
+            return f"their list could not be written: {error.strerror or error}"
+        return f"the {len(failures)} so far are listed in {self.store.locate(FAILURES_FILE)}"
 
     def _summarise(
         self,
