@@ -246,8 +246,8 @@ class _Run:
         """Write the failures of a job that is refused. Says where they are."""
         try:
             self.store.write(FAILURES_FILE, encode_failures(failures))
-        except OSError as error:
-            return f"their list could not be written: {error.strerror or error}"
+        except (OSError, UserError) as error:  # of a folder, of a bucket
+            return f"their list could not be written: {getattr(error, 'strerror', None) or error}"
         return f"the {len(failures)} so far are listed in {self.store.locate(FAILURES_FILE)}"
 
     def _summarise(

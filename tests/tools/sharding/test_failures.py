@@ -92,18 +92,19 @@ def test_a_job_that_is_refused_lists_its_failures_and_says_where(tree, tmp_path,
     assert (out / "failures.jsonl").exists() == bool(done.num_failures)
 
 
-def test_a_list_that_cannot_be_written_does_not_hide_the_failures(tree, tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left"), UserError("s3://x: No space left")], ids=str)
+def test_a_list_that_cannot_be_written_does_not_hide_the_failures(tree, tmp_path, monkeypatch, error):
     for number in range(3):
         (tree / f"train/dog/dog_{number}.png").write_bytes(BROKEN)
     write = FolderStore.write
 
     def refuse(store, name, data):
         if name == "failures.jsonl":
-            raise OSError(errno.ENOSPC, "No space left on device")
+            raise error
         write(store, name, data)
 
     monkeypatch.setattr(FolderStore, "write", refuse)
-    with pytest.raises(UserError, match=r"limit 1.*; their list could not be written: No space left on device"):
+    with pytest.raises(UserError, match=r"limit 1.*; their list could not be written: .*No space left"):
         make(tree, tmp_path / "out", num_workers=1)
 
 
