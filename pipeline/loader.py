@@ -36,7 +36,7 @@ from pipeline.options import (
     check_ranks,
     make_spec,
 )
-from pipeline.shards import ShardSet
+from pipeline.shards import GET_VAL, ShardSet
 
 __all__ = ["Batch", "Draws", "EvalLoader", "TrainLoader", "read_pixels"]
 
@@ -279,7 +279,8 @@ class EvalLoader:
             shards, split, options, batch_size=batch_size, device=device, rank=rank, world_size=num_parts
         )
         if not num_samples:
-            raise UserError(f"{shards.root}: no {split} images; add a {split}/ folder to the source and shard it again")
+            kind = "validation" if split == "val" else split
+            raise UserError(f"{shards.root}: no {kind} images; {GET_VAL}")
         self.transform = transform = replace(transform, lighting=None, crop=False, flip=False)
         self._views = (10,) if crops == "ten" else ()
         self._num_steps = math.ceil(math.ceil(num_samples / num_parts) / batch_size)

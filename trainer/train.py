@@ -14,7 +14,7 @@ from pipeline.colors import ColorStats
 from pipeline.common.console import note, set_voice, warn
 from pipeline.common.errors import UserError
 from pipeline.loader import Batch
-from pipeline.shards import ShardSet
+from pipeline.shards import GET_VAL, ShardSet
 from trainer.checkpoint import EPOCH, Saver, State, check_resumable, choose_streams, find_resumed, load_resumed
 from trainer.config import LOG_STEPS, Job
 from trainer.data import TrainFeed
@@ -78,8 +78,10 @@ class Run:
         if not has_val and recipe.schedule == "plateau":
             raise UserError(
                 f"{self.shards.root}: no validation images, but recipe {recipe.name} cuts its rate when their error "
-                "stalls; shard a source with val/, or use --set schedule=cosine"
+                f"stalls; use --set schedule=cosine, or {GET_VAL}"
             )
+        if not has_val and ranks.is_first:
+            note(f"{self.shards.root}: no validation images, so no error is measured; {GET_VAL}")
         saved = load_resumed(job, folder, warn if ranks.is_first else lambda _: None)
         check_alike(list_settings(job, self.shards, self.colors, saved), ranks)
         if saved:

@@ -112,7 +112,7 @@ def _rebuild(stream: Any, kind: type[io.FileIO]) -> io.TextIOWrapper:
     return io.TextIOWrapper(
         raw if stream.write_through else io.BufferedWriter(raw),  # as python -u has it
         encoding=stream.encoding,
-        errors=stream.errors,
+        errors="backslashreplace",  # names of files may be anything
         newline="\n",
         line_buffering=stream.line_buffering,
         write_through=stream.write_through,

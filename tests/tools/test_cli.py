@@ -102,6 +102,13 @@ def test_a_finished_output_is_left_alone_and_said_to_be_complete(shard_dir, synt
     assert_one_line_error(prep("shard", synth_tree, "--out", out, status=1), "holds shards of another job", "--force")
 
 
+@pytest.mark.parametrize("encoding", ["utf-8:strict", "utf-8:surrogateescape", "ascii:strict"])
+def test_a_folder_whose_name_is_not_unicode_is_told_with_escapes(shard_dir, tmp_path, encoding):
+    folder = shutil.copytree(shard_dir, tmp_path / "caf\udce9-犬")
+    shown = "caf\\udce9-" + ("\\u72ac" if "ascii" in encoding else "犬")
+    assert shown in prep("info", "--shards", folder, PYTHONIOENCODING=encoding, PYTHONUTF8="0").stdout
+
+
 def test_remarks_about_the_source_go_to_stderr(synth_tree, tmp_path):
     tree = shutil.copytree(synth_tree, tmp_path / "tree")
     (tree / "test").mkdir()

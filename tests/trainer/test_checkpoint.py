@@ -262,6 +262,33 @@ def test_best_stays_what_it_was_when_last_moves_on(saved):
     assert checkpoint.load(best)["step"] == 41
 
 
+@pytest.mark.parametrize("is_link_possible", [True, False])
+def test_a_second_name_is_that_of_what_is_on_disk_and_its_folder_is_synced_after(saved, monkeypatch, is_link_possible):
+    happened, best = [], saved.with_name("best.pt")
+    fsync, replace, link = os.fsync, Path.replace, os.link
+
+    def watched_fsync(descriptor):
+        happened.append(("fsync", str(Path(f"/proc/self/fd/{descriptor}").readlink())))
+        fsync(descriptor)
+
+    def watched_replace(source, target):
+        happened.append(("rename", str(target)))
+        return replace(source, target)
+
+    def watched_link(source, target):
+        if not is_link_possible:
+            raise OSError(errno.EPERM, "Operation not permitted")
+        happened.append(("link", str(target)))
+        link(source, target)
+
+    monkeypatch.setattr(os, "fsync", watched_fsync)
+    monkeypatch.setattr(Path, "replace", watched_replace)
+    monkeypatch.setattr(os, "link", watched_link)
+    checkpoint.link(saved, best)
+    first = ("link" if is_link_possible else "fsync", str(checkpoint._temporary(best)))
+    assert happened == [first, ("rename", str(best)), ("fsync", str(best.parent))]
+
+
 def test_linking_twice_changes_nothing_and_leaves_no_temporary_file(saved):
     best = saved.with_name("best.pt")
     for _ in range(2):

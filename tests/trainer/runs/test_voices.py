@@ -1,7 +1,9 @@
 """`--json-logs` prints what metrics.jsonl gets, and more; `--quiet` says nothing; the two exclude each other."""
 
 import json
+import shutil
 
+from tests.sharding import make, prep
 from tests.trainer.running import NARROW, read_records, run
 
 
@@ -29,3 +31,15 @@ def test_json_logs_hold_every_record_and_a_quiet_run_says_nothing(ready_shards, 
 def test_quiet_and_json_logs_exclude_each_other(tmp_path):
     done = run("alexnet-train", "--quiet", "--json-logs", cwd=tmp_path, status=2)
     assert "--quiet and --json-logs" in done.stderr and not list(tmp_path.iterdir())
+
+
+def test_shards_without_validation_images_train_and_where_these_are_missed_val_fraction_is_named(synth_tree, tmp_path):
+    shutil.copytree(synth_tree / "train", tmp_path / "tree/train")
+    make(tmp_path / "tree", tmp_path / "shards", samples_per_shard=32)
+    prep("pca", cwd=tmp_path)
+    remedy = "give `alexnet-prep shard` a source with val/, or --val-fraction 0.05 for a share of the training images"
+    done = run("alexnet-train", *NARROW, "--epochs", "1", "--gpus", "0", cwd=tmp_path)
+    assert f"shards: no validation images, so no error is measured; {remedy}" in done.stderr
+    for words in (["alexnet-train", "--gpus", "0"], ["alexnet-eval", "demo", "--gpus", "0"]):
+        refused = run(*words, cwd=tmp_path, status=1).stderr.splitlines()[-1]
+        assert "shards: no validation images" in refused and refused.endswith(remedy)
