@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from pipeline.manifest import MANIFEST
 from tests.trainer.running import (
@@ -123,6 +124,20 @@ def test_report_draws_every_picture_of_a_run_and_those_of_several_and_names_them
     one = ("curves.png", "conv1_kernels.png", "network.png", "guesses.png", "neighbours.png")
     for picture in (*one, "training_errors.png", "training_and_validation.png"):
         assert picture in said and (copy / "figures" / picture).read_bytes().startswith(b"\x89PNG")
+
+
+def test_one_image_one_class_one_shard_and_a_batch_of_one_are_enough_for_every_command(tmp_path):
+    for split in ("train", "val"):
+        (tmp_path / "source" / split / "only").mkdir(parents=True)
+        Image.effect_noise((300, 280), 50).convert("RGB").save(tmp_path / "source" / split / "only" / "one.jpg")
+    run("alexnet-prep", "shard", "source", cwd=tmp_path)
+    run("alexnet-prep", "pca", cwd=tmp_path)
+    run("alexnet-train", *NARROW, "--global-batch-size", 1, cwd=tmp_path)
+    evaluations = [record for record in read_records(tmp_path / "runs" / "demo") if record["kind"] == "eval"]
+    assert [(record["num_images"], record["top1_error"]) for record in evaluations] == [(1, 0.0)] * 3
+    assert json.loads(run("alexnet-eval", "demo", "--json", cwd=tmp_path).stdout)["top1_error"] == 0.0
+    assert "not drawn" not in run("alexnet-report", "demo", cwd=tmp_path).stdout
+    assert "1.0000 only" in run("alexnet-predict", "source/val/only/one.jpg", cwd=tmp_path).stdout
 
 
 def test_bench_reports_the_rate_of_the_loader_with_its_spread(ready_shards, tmp_path):
