@@ -10,6 +10,7 @@ import io
 import json
 import math
 import os
+import shlex
 import signal
 import sys
 import time
@@ -30,6 +31,7 @@ STATUS_FAILED, STATUS_USAGE, STATUS_SIGINT, STATUS_SIGTERM = 1, 2, 130, 143
 PLAIN_INTERVAL_S = 10.0
 SHOW_CURSOR = "\x1b[?25h"
 STDOUT_NAME = "standard output"
+DEFAULT_SHARDS, SHARDS_VARIABLE = "shards", "ALEXNET_SHARDS"
 
 # How a command speaks of its work: in words on stderr, not at all, or as a JSON object a line on stdout.
 Voice = Literal["words", "quiet", "json"]
@@ -223,6 +225,16 @@ def explain_os_error(error: OSError) -> str:
 def say(text: str) -> None:
     """A result, to stdout."""
     click.echo(text)
+
+
+def spell_command(*words: object, shards: object = None, usual: object = DEFAULT_SHARDS) -> str:
+    """A command to be typed: its words, quoted for a shell, and --shards unless it would take that folder anyway.
+
+    `usual`: what it takes where no variable names a folder.
+    """
+    is_taken = shards is None or str(shards) == (os.environ.get(SHARDS_VARIABLE) or str(usual))
+    flags = () if is_taken else ("--shards", shards)
+    return shlex.join(map(str, (*words, *flags)))
 
 
 def set_voice(voice: Voice) -> None:

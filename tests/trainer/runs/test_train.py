@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from tests.trainer.running import (
     start_training,
 )
 from trainer import checkpoint
+from trainer.train import Run
 
 
 def wait_for_middle_of_epoch_2(process: subprocess.Popen, run_folder: Path) -> None:
@@ -68,6 +70,34 @@ def test_a_complete_run_says_so_and_what_comes_next_also_when_it_is_resumed(fini
     done = run("alexnet-train", "--resume", "demo", cwd=tmp_path)
     assert "complete after epoch 3; next: alexnet-eval runs/demo, alexnet-report runs/demo\n" in done.stderr
     assert run("alexnet-train", "--resume", "demo", "--quiet", cwd=tmp_path).stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("variables", "cache_dir", "expected"),
+    [
+        ({}, None, "alexnet-train --resume 'my runs/demo'"),
+        ({"ALEXNET_SHARDS": "my shards"}, None, "alexnet-train --resume 'my runs/demo'"),
+        ({"ALEXNET_SHARDS": "others"}, None, "alexnet-train --resume 'my runs/demo' --shards 'my shards'"),
+        ({}, "my cache", "alexnet-train --resume 'my runs/demo' --cache-dir 'my cache'"),
+        ({"ALEXNET_CACHE": "my cache"}, "my cache", "alexnet-train --resume 'my runs/demo'"),
+        ({"GPUS": "2"}, None, "alexnet-train --resume 'my runs/demo' --gpus 0"),
+    ],
+)
+def test_how_to_go_on_has_the_flags_that_differ_from_what_would_be_taken(variables, cache_dir, expected, monkeypatch):
+    for name in ("ALEXNET_SHARDS", "ALEXNET_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: int(variables.get("GPUS", "0")))
+    job = SimpleNamespace(shards="my shards", cache_dir=cache_dir, use_gpu=False)
+    run = SimpleNamespace(job=job, ranks=SimpleNamespace(world_size=1))
+    assert Run._spell(run, "alexnet-train", "--resume", Path("my runs/demo")) == expected
+
+
+def test_a_run_in_a_folder_with_a_space_is_named_in_quotes(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "my runs" / "demo")
+    done = run("alexnet-train", "--resume", "my runs/demo", cwd=tmp_path)
+    assert done.stderr.endswith("next: alexnet-eval 'my runs/demo', alexnet-report 'my runs/demo'\n")
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
