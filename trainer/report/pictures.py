@@ -3,6 +3,7 @@
 import io
 import math
 import re
+import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -143,6 +144,11 @@ def shorten(name: str, limit: int) -> str:
     """A name from a file as one printable line of at most `limit` characters: what is drawn is never markup."""
     line = " ".join("".join(letter if letter.isprintable() else " " for letter in name).split())
     return line if len(line) <= limit else line[: limit - 1].rstrip() + "…"
+
+
+def wrap(name: str) -> str:
+    """The same, of at most 120 characters, in lines of 40: for a legend."""
+    return "\n".join(textwrap.wrap(shorten(name, 120), 40))
 
 
 def name_class(names: Sequence[str], index: int, limit: int = 20) -> str:

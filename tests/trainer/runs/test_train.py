@@ -148,12 +148,17 @@ def test_report_draws_every_picture_of_a_run_and_those_of_several_and_names_them
     copy = tmp_path / "runs" / "demo"
     shutil.copytree(finished, copy)
     shutil.copytree(finished, copy.with_name("again"))
-    said = run("alexnet-report", "demo", "again", "--images", "10", cwd=tmp_path).stdout
-    assert "</html>" in (copy / "report.html").read_text() and str(Path("runs", "demo", "report.html")) in said
+    run("alexnet-report", "demo", "--images", "10", cwd=tmp_path)
+    alone = (copy / "report.html").read_bytes()
+    said = run("alexnet-report", "demo", "again", "runs/demo", "--images", "10", cwd=tmp_path).stdout
+    assert (copy / "report.html").read_bytes() == alone
+    both = tmp_path / "runs" / "demo+again"
+    assert "</html>" in (both / "report.html").read_text() and "runs/demo+again/report.html" in said
     assert "not drawn" not in said
     one = ("curves.png", "conv1_kernels.png", "network.png", "guesses.png", "neighbours.png")
-    for picture in (*one, "training_errors.png", "training_and_validation.png"):
-        assert picture in said and (copy / "figures" / picture).read_bytes().startswith(b"\x89PNG")
+    pictures = [copy / "figures" / name for name in one]
+    for picture in (*pictures, both / "training_errors.png", both / "training_and_validation.png"):
+        assert str(picture.relative_to(tmp_path)) in said and picture.read_bytes().startswith(b"\x89PNG")
 
 
 def test_one_image_one_class_one_shard_and_a_batch_of_one_are_enough_for_every_command(tmp_path):
