@@ -21,7 +21,7 @@ WAYS = ["native", "torch"]
 
 @pytest.fixture
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Compiled, native.c, torch's operations in blocks of a few rows, so that small maps take several and a remainder."""
+    """Compiled, native.c, or torch's operations in blocks of a few rows: small maps take several and a remainder."""
     if request.param == "torch":
         monkeypatch.setattr(lrn_module, "load_native", lambda: None)
         monkeypatch.setattr(lrn_module, "_BLOCK_ELEMENTS", 60)
