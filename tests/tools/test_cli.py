@@ -75,6 +75,18 @@ def test_synth_then_shard_needs_no_flags_in_one_folder(tmp_path):
     assert (tmp_path / "shards/manifest.json").is_file() and "\x1b" not in done.stdout + done.stderr
 
 
+def test_what_comes_next_is_printed_as_it_can_be_typed(tmp_path):
+    def hint(*words, **environment):
+        return prep(*words, cwd=tmp_path, **environment).stdout.splitlines()[-1].partition("next: ")[2]
+
+    assert hint("synth", "my tree", "--classes", 1, "--train", 1, "--val", 1) == "alexnet-prep shard 'my tree'"
+    assert hint("shard", "my tree", "--out", "it's") == """alexnet-prep pca --shards 'it'"'"'s'"""
+    assert hint("pca", "--shards", "it's") == """alexnet-train --shards 'it'"'"'s'"""
+    assert hint("pca", ALEXNET_SHARDS="it's") == "alexnet-train"
+    assert hint("shard", "my tree", ALEXNET_SHARDS="it's") == "alexnet-prep pca"
+    assert hint("shard", "my tree", "--out", "shards", ALEXNET_SHARDS="it's") == "alexnet-prep pca --shards shards"
+
+
 def test_json_is_one_object_with_the_summary(synth_tree, tmp_path):
     arguments = ("shard", synth_tree, "--out", tmp_path / "out", "--workers", 2, "--samples-per-shard", 30, "--json")
     first = json.loads(prep(*arguments).stdout)

@@ -3,6 +3,7 @@
 import io
 import math
 import re
+import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -135,6 +136,11 @@ def swatch_figure(run: int) -> "Figure":
     axes.plot([0, 1, 2], [0, 0, 0], color=colour, linestyle=dash, marker=marker, markevery=[1])
     axes.set_axis_off()
     return figure
+
+
+def wrap(name: str) -> str:
+    """The same, of at most 120 characters, in lines of 40: for a legend."""
+    return "\n".join(textwrap.wrap(shorten(name, 120), 40))
 
 
 def name_class(names: Sequence[str], index: int, limit: int = 20) -> str:
