@@ -179,7 +179,7 @@ def measure_net(classes: int, width: float) -> dict[str, Any]:
 
 def measure_command(samples: int, width: float, shards: str, stop: bool) -> dict[str, Any]:
     """`alexnet-train`, with clocks at its steps, its evaluation and its checkpoints: to the first step, or 2 epochs."""
-    from trainer.commands import train as cli
+    from trainer.commands import train as command
 
     marks: list[tuple[str, float, float]] = []
     cpu_s: list[float] = []
@@ -198,19 +198,17 @@ def measure_command(samples: int, width: float, shards: str, stop: bool) -> dict
 
         setattr(owner, name, watched)
 
-    from trainer import step as learner
-    from trainer import train
-    from trainer import train as run
+    from trainer import step, train
 
-    watch(learner.Learner, "step", "step")
+    watch(step.Learner, "step", "step")
     watch(train, "evaluate", "evaluate")
-    watch(run.Run, "save", "save")  # what training waits for: the file is written beside it
+    watch(train.Run, "_save", "save")  # what training waits for: the file is written beside it
     started = float(os.environ["GROWTH_STARTED"])
     with tempfile.TemporaryDirectory() as runs:
         sys.argv = ["alexnet-train", "--shards", shards, "--runs", runs, "--gpus", "0", "--epochs", "2"]
         sys.argv += ["--set", f"width={width}", "--set", "schedule=cosine", "--global-batch-size", "64"]
         with contextlib.suppress(SystemExit, KeyboardInterrupt):
-            cli.train()
+            command.train()
     steps = [mark for mark in marks if mark[0] == "step"]
     first = {"to_first_step_s": steps[0][1] - started, "first_step_s": steps[0][2] - steps[0][1], "cpu_s": cpu_s[0]}
     if stop:

@@ -254,6 +254,7 @@ def remember(root: Path, checked: dict[str, dict[str, Any] | None]) -> None:
     read again next time."""
     with _remembering, suppress(OSError):
         write_json(root / CHECKED, _read_checked(root) | checked)
+        sync_folder(root)
 
 
 def _forget_lock() -> None:

@@ -36,7 +36,7 @@ from pipeline.options import (
     check_ranks,
     make_spec,
 )
-from pipeline.shards import ShardSet
+from pipeline.shards import GET_VAL, ShardSet
 
 __all__ = ["Batch", "Draws", "EvalLoader", "TrainLoader", "read_pixels"]
 
@@ -51,6 +51,12 @@ class Draws(NamedTuple):
     flip: Tensor
     shift: Tensor
     keys: Tensor
+
+
+_REMEDIES = {  # for what no setting changes
+    "graph": "go on with the version of alexnet-dali that saved it",
+    "DALI version": "install that version of nvidia-dali-cuda120",
+}
 
 
 class TrainLoader:
@@ -184,7 +190,7 @@ class TrainLoader:
             if saved.get(name) != here:
                 raise UserError(
                     f"the loader's state was saved with {name} {saved.get(name)}, this one has {here}; "
-                    "resume with the same settings, or start a new run"
+                    f"{_REMEDIES.get(name, 'resume with the same settings')}, or start a new run"
                 )
         try:
             stream = self._start(checkpoint, int(state["taken"]))
@@ -273,7 +279,8 @@ class EvalLoader:
             shards, split, options, batch_size=batch_size, device=device, rank=rank, world_size=num_parts
         )
         if not num_samples:
-            raise UserError(f"{shards.root}: no {split} images; add a {split}/ folder to the source and shard it again")
+            kind = "validation" if split == "val" else split
+            raise UserError(f"{shards.root}: no {kind} images; {GET_VAL}")
         self.transform = transform = replace(transform, lighting=None, crop=False, flip=False)
         self._views = (10,) if crops == "ten" else ()
         self._num_steps = math.ceil(math.ceil(num_samples / num_parts) / batch_size)

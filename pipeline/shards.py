@@ -32,6 +32,7 @@ from pipeline.manifest import (
     index_header,
 )
 
+GET_VAL = "give `alexnet-prep shard` a source with val/, or --val-fraction 0.05 for a share of the training images"
 _BLOCK_BYTES = 512  # of a tar: each member has a header before it, and begins at a multiple
 _REMEDY = "restore it, or run `alexnet-prep shard` again with --force"
 

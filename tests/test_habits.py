@@ -1,5 +1,6 @@
 """What is done around the code: lint before a commit, the container's recipe, versions, completion, the change log."""
 
+import ast
 import os
 import re
 import shlex
@@ -52,6 +53,34 @@ def read_recipe(target: str) -> list[str]:
     while "$(" in recipe:
         recipe = re.sub(r"\$\((\w+)\)", lambda name: variables[name[1]], recipe)
     return [line.strip() for line in recipe.splitlines()]
+
+
+def find_unquoted(source: str) -> list[str]:
+    """The values in a program's f-strings that stand among the words of one of our commands and are not quoted."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        before = ""
+        for part in node.values if isinstance(node, ast.JoinedStr) else []:
+            if isinstance(part, ast.Constant):
+                before += part.value
+                continue
+            value = ast.unparse(part.value)
+            is_word = re.search(r"alexnet-(?!dali)[a-z]+( [^\s;:,`()]+)* $", before)
+            if is_word and not value.startswith(("quote(", "spell_command(", "shlex.")):
+                found.append(value)
+            before += "X"
+    return found
+
+
+def test_a_value_in_a_command_that_a_message_names_is_quoted():
+    assert find_unquoted('f"see `alexnet-prep verify --shards {a}` {b}, {c}"') == ["a"]
+    wrong = {
+        f"{path.relative_to(ROOT)}: {value}"
+        for package in ("pipeline", "tools", "trainer")
+        for path in (ROOT / package).rglob("*.py")
+        for value in find_unquoted(path.read_text(encoding="utf-8"))
+    }
+    assert wrong == set()
 
 
 def test_the_hooks_before_a_commit_are_the_commands_of_make_lint():

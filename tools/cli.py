@@ -1,17 +1,16 @@
 """`alexnet-prep`: flags and words."""
 
-import os
 import shlex
 import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
-from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from pipeline.common import console
+from pipeline.common.console import DEFAULT_SHARDS, SHARDS_VARIABLE, spell_command
 from pipeline.common.errors import UserError
 from pipeline.manifest import ENDINGS
 from tools.sources import LAYOUTS
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
     from tools.sharding.make import Summary
 
 
-DEFAULT_SHARDS, SHARDS_VARIABLE = "shards", "ALEXNET_SHARDS"
 _LOG_WIDTH = 2000  # of a table that goes to a file: nothing is cut off, a row is a line
 
 
@@ -223,7 +221,7 @@ def synth(folder: str, num_classes: int, num_train: int, num_val: int, seed: int
             on_progress=progress.advance,
         )
     console.say(f"{folder}: {num_classes} classes, {num_train} training and {num_val} validation images")
-    console.say(f"next: alexnet-prep shard {quote(folder)}")
+    console.say(f"next: {spell_command('alexnet-prep', 'shard', folder)}")
 
 
 def _check_limit(_context: click.Context, _parameter: click.Parameter, value: str) -> str:
@@ -333,8 +331,7 @@ def _print_summary(out: str, summary: "Summary") -> None:
         parts = ", ".join(map(str, summary.missing_parts))
         console.say(f"{summary.num_missing_shards} shards of other parts ({parts}) are still missing: no manifest yet")
         return
-    suffix = "" if out == os.environ.get(SHARDS_VARIABLE, DEFAULT_SHARDS) else f" --shards {quote(out)}"
-    console.say(f"next: alexnet-prep pca{suffix}")
+    console.say(f"next: {spell_command('alexnet-prep', 'pca', shards=out)}")
 
 
 def _count_failures(out: str, summary: "Summary") -> str:
@@ -372,7 +369,7 @@ def pca(shards: str, device: str, threads: int | None, as_json: bool) -> None:
     else:
         _print_stats(stats)
         where = opened.remote.url if opened.remote else opened.root
-        console.say(f"written to {where}/color.json; next: alexnet-train")
+        console.say(f"written to {where}/color.json; next: {spell_command('alexnet-train', shards=shards)}")
 
 
 def _list_stats(stats: "ColorStats") -> dict[str, Any]:

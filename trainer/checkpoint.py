@@ -10,6 +10,7 @@ import re
 import shutil
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple, NotRequired, TypedDict, cast
@@ -33,6 +34,7 @@ CHECKPOINT_SCHEMA = 1
 EPOCH = "epoch.pt"  # in a run's checkpoints: that of the end of its last whole epoch
 _STEP_NAME = re.compile(r"step-(\d{8,})\.pt")
 _POLL_S = 5.0  # how often ranks that wait for a write hear of it
+_PLAIN = (str, bytes, int, float, bool, type(None))
 _NO_COMMENT = b"\0\0"  # a zip archive ends in the length of its comment and the comment
 _MARK = b"sha256 "
 _COMMENT_BYTES = len(_MARK) + 64
@@ -66,16 +68,17 @@ def save(path: Path, state: Mapping[str, Any]) -> None:
     """Write `state` to `path`: readers see the old checkpoint or the whole new one, also after a power cut.
 
     The file is what torch.save writes, its SHA-256 is the comment of the zip archive. Raises OSError, with the path,
-    when writing fails (a full disk): `path` is then as it was and no temporary file is left.
+    when writing fails (a full disk): `path` is then as it was and no temporary file is left. Raises TypeError for a
+    value that `load` would refuse.
     """
+    state = {**state, "schema": CHECKPOINT_SCHEMA}
+    _check_plain(state, "state")
     temporary = _temporary(path)
     try:
-        with temporary.open("w+b") as file:
-            writer = _Writer(file)
-            torch.save({**state, "schema": CHECKPOINT_SCHEMA}, cast(IO[bytes], writer))
-            if writer.error:
-                raise writer.error
-            seal(file)
+        with temporary.open("wb") as file:
+            sealing = Sealing(file)
+            torch.save(state, cast(IO[bytes], sealing))
+            sealing.seal()
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
@@ -86,36 +89,64 @@ def save(path: Path, state: Mapping[str, Any]) -> None:
     sync_folder(path.parent)
 
 
-class _Writer:
-    """What torch.save writes to. It keeps the first OSError, which torch would turn into an unrelated error."""
+class Sealing:
+    """What torch.save writes to. The SHA-256 is of the bytes that torch gave, not of what the disk has made of them."""
 
     def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
-        self.error: OSError | None = None
+        self._file, self._digest, self._held = file, hashlib.sha256(), b""
+        self._error: OSError | None = None
 
     def write(self, data: bytes | memoryview) -> int:
-        try:
-            if not self.error:
-                self._file.write(data)
-        except OSError as error:
-            self.error = error
-        return len(data)
+        """Never fails: torch would turn an OSError into an unrelated error. `seal` raises it."""
+        view = memoryview(data).cast("B")
+        if len(view) >= len(_NO_COMMENT):
+            self._put(self._held)
+            self._put(view[: -len(_NO_COMMENT)])
+            self._held = bytes(view[-len(_NO_COMMENT) :])  # to be replaced, if these are the archive's last
+        else:
+            joined = self._held + bytes(view)
+            self._put(joined[: -len(_NO_COMMENT)])
+            self._held = joined[-len(_NO_COMMENT) :]
+        return len(view)
 
     def flush(self) -> None:
         """For torch."""
 
+    def seal(self) -> None:
+        """End the archive with a comment: the SHA-256 of all bytes before the digest's own."""
+        if self._held != _NO_COMMENT:
+            raise RuntimeError("torch.save ended its archive with a comment; there is no room for the checksum")
+        self._put(_COMMENT_BYTES.to_bytes(2, "little") + _MARK)
+        self._put(self._digest.hexdigest().encode())
+        if self._error:
+            raise self._error
+        self._file.flush()
 
-def seal(file: IO[bytes]) -> None:
-    """Put the SHA-256 of a zip archive, of all bytes before the digest's own, at its end as its comment."""
-    file.seek(-len(_NO_COMMENT), os.SEEK_END)
-    if file.read() != _NO_COMMENT:
-        raise RuntimeError("torch.save ended its archive with a comment; there is no room for the checksum")
-    file.seek(-len(_NO_COMMENT), os.SEEK_END)
-    file.write(_COMMENT_BYTES.to_bytes(2, "little") + _MARK)
-    file.seek(0)
-    digest = hashlib.file_digest(cast(Any, file), "sha256")
-    file.write(digest.hexdigest().encode())
-    file.flush()
+    def _put(self, piece: bytes | memoryview) -> None:
+        self._digest.update(piece)
+        try:
+            if not self._error:
+                self._file.write(piece)
+        except OSError as error:
+            self._error = error
+
+
+def _check_plain(value: Any, where: str) -> None:
+    """Refuse now what `load` would refuse later, when the run is gone."""
+    if isinstance(value, torch.Tensor) or type(value) in _PLAIN:
+        return
+    if type(value) in (dict, OrderedDict):
+        for key, item in value.items():
+            _check_plain(key, f"a key of {where}")
+            _check_plain(item, f"{where}[{key!r}]")
+    elif type(value) in (list, tuple):
+        for position, item in enumerate(value):
+            _check_plain(item, f"{where}[{position}]")
+    else:
+        raise TypeError(
+            f"{where} is a {type(value).__module__}.{type(value).__qualname__}, which a checkpoint cannot hold; "
+            "make it a tensor, a container or a plain value first"
+        )
 
 
 def load(path: Path) -> dict[str, Any]:

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipeline.common.console import explain_os_error, leave_closed_terminal, show_cursor
+from pipeline.common.console import explain_os_error, leave_closed_terminal, show_cursor, warn
 from pipeline.common.errors import UserError
 from pipeline.manifest import KEY_DIGITS
 from trainer.config import LOG_STEPS
@@ -254,8 +254,8 @@ def find_state(process: int) -> str:
 class StopRequest:
     """SIGINT, SIGTERM and SIGHUP as a wish to stop, on which all ranks agree: `with StopRequest(ranks) as stop: ...`.
 
-    A second SIGINT is a KeyboardInterrupt, as ever; not under a launcher, which passes on what a terminal has sent to
-    all, and which ends its ranks itself.
+    SIGINT and SIGTERM are answered at once. A second SIGINT is a KeyboardInterrupt, as ever; not under a launcher,
+    which passes on what a terminal has sent to all, and which ends its ranks itself.
     """
 
     def __init__(self, ranks: Ranks) -> None:
@@ -276,6 +276,10 @@ class StopRequest:
             raise KeyboardInterrupt
         if number == signal.SIGHUP:
             leave_closed_terminal()
+        elif not self._received and not under_launcher():  # a launcher of ours has said so itself
+            again = "; Ctrl-C again to leave without saving" if number == signal.SIGINT else ""
+            said = f"{signal.Signals(number).name}: finishing the step, saving{again}"
+            threading.Thread(target=warn, args=(said,), daemon=True).start()  # here, stderr may be in use
         self._received = self._received or number
 
     def status(self) -> int:

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -11,14 +12,24 @@ from typing import Any
 import torch
 
 from pipeline.colors import ColorStats
-from pipeline.common.console import note, set_voice, warn
+from pipeline.common.console import note, set_voice, spell_command, warn
 from pipeline.common.errors import UserError
 from pipeline.loader import Batch
-from pipeline.shards import ShardSet
+from pipeline.shards import GET_VAL, ShardSet
 from trainer.checkpoint import EPOCH, Saver, State, check_resumable, choose_streams, find_resumed, load_resumed
 from trainer.config import LOG_STEPS, Job
 from trainer.data import TrainFeed
-from trainer.distributed import Ranks, check_alike, gather, join, launch_id, reduce_sum, restart_count
+from trainer.distributed import (
+    LAUNCH_ID,
+    Ranks,
+    check_alike,
+    gather,
+    join,
+    launch_id,
+    reduce_sum,
+    restart_count,
+    under_launcher,
+)
 from trainer.evaluate import Errors, count_errors, evaluate, make_eval_loader
 from trainer.model import AlexNet
 from trainer.nets.finetune import Start, start_from
@@ -78,8 +89,10 @@ class Run:
         if not has_val and recipe.schedule == "plateau":
             raise UserError(
                 f"{self.shards.root}: no validation images, but recipe {recipe.name} cuts its rate when their error "
-                "stalls; shard a source with val/, or use --set schedule=cosine"
+                f"stalls; use --set schedule=cosine, or {GET_VAL}"
             )
+        if not has_val and ranks.is_first:
+            note(f"{self.shards.root}: no validation images, so no error is measured; {GET_VAL}")
         saved = load_resumed(job, folder, warn if ranks.is_first else lambda _: None)
         check_alike(list_settings(job, self.shards, self.colors, saved), ranks)
         if saved:
@@ -138,12 +151,13 @@ class Run:
                 if status:
                     self._save()
                     where = f"stopped after step {self.step} (epoch {self.epoch})"
-                    stopped = f"{where}; go on with: alexnet-train --resume {logger.folder}"
+                    stopped = f"{where}; go on with: {self._spell('alexnet-train', '--resume', logger.folder)}"
                     break
             self.saver.finish()
         if not stopped:
-            which = "alexnet-eval {0}, alexnet-report {0}" if self.eval_loader else "alexnet-report {0}"
-            note(f"complete after epoch {self.epoch - 1}; next: {which.format(logger.folder)}")
+            evaluate_it = [self._spell("alexnet-eval", logger.folder)] if self.eval_loader else []
+            following = ", ".join([*evaluate_it, spell_command("alexnet-report", logger.folder)])
+            note(f"complete after epoch {self.epoch - 1}; next: {following}")
         logger.end(status, self.step, stopped)
         return status
 
@@ -340,6 +354,17 @@ class Run:
         if restart_count():
             note(f"restart {restart_count()}: goes on after step {self.step}")
             logger.event("restart", step=self.step, number=restart_count())
+
+    def _spell(self, *words: object) -> str:
+        """A command about this run, with those flags without which it would use other data or another device."""
+        flags: list[object] = []
+        if self.job.cache_dir and self.job.cache_dir != os.environ.get("ALEXNET_CACHE"):
+            flags += ["--cache-dir", self.job.cache_dir]
+        num_gpus = self.ranks.world_size if self.job.use_gpu else 0
+        is_ours = LAUNCH_ID in os.environ or not under_launcher()
+        if is_ours and num_gpus != torch.cuda.device_count():
+            flags += ["--gpus", num_gpus]
+        return spell_command(*words, *flags, shards=self.job.shards, usual=self.job.shards)
 
     def _tell_unsaved(self, step: int, what: str, kept: str) -> None:
         warn(f"warning: no checkpoint of step {step}: {what}; {kept}, training goes on and will try again")

@@ -10,6 +10,7 @@ import io
 import json
 import math
 import os
+import shlex
 import signal
 import sys
 import time
@@ -30,12 +31,14 @@ STATUS_FAILED, STATUS_USAGE, STATUS_SIGINT, STATUS_SIGTERM = 1, 2, 130, 143
 PLAIN_INTERVAL_S = 10.0
 SHOW_CURSOR = "\x1b[?25h"
 STDOUT_NAME = "standard output"
+DEFAULT_SHARDS, SHARDS_VARIABLE = "shards", "ALEXNET_SHARDS"
 
 # How a command speaks of its work: in words on stderr, not at all, or as a JSON object a line on stdout.
 Voice = Literal["words", "quiet", "json"]
 
 _debug = False
 _voice: Voice = "words"
+_unread: OSError | None = None  # why stdout takes no JSON lines any more
 
 
 class Terminated(BaseException):
@@ -112,7 +115,7 @@ def _rebuild(stream: Any, kind: type[io.FileIO]) -> io.TextIOWrapper:
     return io.TextIOWrapper(
         raw if stream.write_through else io.BufferedWriter(raw),  # as python -u has it
         encoding=stream.encoding,
-        errors=stream.errors,
+        errors="backslashreplace",  # names of files may be anything
         newline="\n",
         line_buffering=stream.line_buffering,
         write_through=stream.write_through,
@@ -120,12 +123,14 @@ def _rebuild(stream: Any, kind: type[io.FileIO]) -> io.TextIOWrapper:
 
 
 def flush_results(status: int) -> int:
-    """`status` or, if it is 0 and stdout cannot take what is left for it, 1, having said so.
+    """`status` or, if it is 0 and stdout cannot take what is left for it, or could not before, 1, having said so.
 
     To be called last: what the interpreter cannot write at its exit makes the status 120.
     """
     try:
         sys.stdout.flush()
+        if _unread:
+            raise _unread
     except OSError as error:
         _discard(sys.stdout.fileno())
         if not status and not isinstance(error, BrokenPipeError):  # else it is told already, or nobody listens
@@ -225,6 +230,16 @@ def say(text: str) -> None:
     click.echo(text)
 
 
+def spell_command(*words: object, shards: object = None, usual: object = DEFAULT_SHARDS) -> str:
+    """A command to be typed: its words, quoted for a shell, and --shards unless it would take that folder anyway.
+
+    `usual`: what it takes where no variable names a folder.
+    """
+    is_taken = shards is None or str(shards) == (os.environ.get(SHARDS_VARIABLE) or str(usual))
+    flags = () if is_taken else ("--shards", shards)
+    return shlex.join(map(str, (*words, *flags)))
+
+
 def set_voice(voice: Voice) -> None:
     """How remarks of this process are made from now on; results and errors are not affected."""
     global _voice
@@ -249,13 +264,25 @@ def _remark(text: str) -> None:
         click.echo(text, err=True)
 
 
-def print_line(value: dict[str, Any]) -> None:
-    """A JSON object on a line of its own, to stdout, at once; a number that is not finite as null."""
+def print_line(value: dict[str, Any]) -> bool:
+    """A JSON object on a line of its own, to stdout, at once; a number that is not finite as null. Returns whether
+    stdout took it: if not, that is told once, nothing more is printed, the work goes on, and its status will be 1."""
+    global _unread
+    if _unread:
+        return False
     finite = {
         name: None if isinstance(number, float) and not math.isfinite(number) else number
         for name, number in value.items()
     }
-    click.echo(json.dumps(finite, allow_nan=False))
+    try:
+        click.echo(json.dumps(finite, allow_nan=False))
+    except OSError as error:
+        if error.filename != STDOUT_NAME:
+            raise
+        _unread = error
+        _discard(sys.stdout.fileno())
+        warn(f"warning: {STDOUT_NAME}: {error.strerror}; no more JSON lines, the work goes on and ends with status 1")
+    return _unread is None
 
 
 def print_json(value: dict[str, Any]) -> None:

@@ -75,6 +75,18 @@ def test_synth_then_shard_needs_no_flags_in_one_folder(tmp_path):
     assert (tmp_path / "shards/manifest.json").is_file() and "\x1b" not in done.stdout + done.stderr
 
 
+def test_what_comes_next_is_printed_as_it_can_be_typed(tmp_path):
+    def hint(*words, **environment):
+        return prep(*words, cwd=tmp_path, **environment).stdout.splitlines()[-1].partition("next: ")[2]
+
+    assert hint("synth", "my tree", "--classes", 1, "--train", 1, "--val", 1) == "alexnet-prep shard 'my tree'"
+    assert hint("shard", "my tree", "--out", "it's") == """alexnet-prep pca --shards 'it'"'"'s'"""
+    assert hint("pca", "--shards", "it's") == """alexnet-train --shards 'it'"'"'s'"""
+    assert hint("pca", ALEXNET_SHARDS="it's") == "alexnet-train"
+    assert hint("shard", "my tree", ALEXNET_SHARDS="it's") == "alexnet-prep pca"
+    assert hint("shard", "my tree", "--out", "shards", ALEXNET_SHARDS="it's") == "alexnet-prep pca --shards shards"
+
+
 def test_json_is_one_object_with_the_summary(synth_tree, tmp_path):
     arguments = ("shard", synth_tree, "--out", tmp_path / "out", "--workers", 2, "--samples-per-shard", 30, "--json")
     first = json.loads(prep(*arguments).stdout)
@@ -100,6 +112,13 @@ def test_a_finished_output_is_left_alone_and_said_to_be_complete(shard_dir, synt
         == f"{out}: already complete by the names of its images, left as it is (--force makes it again)"
     )
     assert_one_line_error(prep("shard", synth_tree, "--out", out, status=1), "holds shards of another job", "--force")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8:strict", "utf-8:surrogateescape", "ascii:strict"])
+def test_a_folder_whose_name_is_not_unicode_is_told_with_escapes(shard_dir, tmp_path, encoding):
+    folder = shutil.copytree(shard_dir, tmp_path / "caf\udce9-犬")
+    shown = "caf\\udce9-" + ("\\u72ac" if "ascii" in encoding else "犬")
+    assert shown in prep("info", "--shards", folder, PYTHONIOENCODING=encoding, PYTHONUTF8="0").stdout
 
 
 def test_remarks_about_the_source_go_to_stderr(synth_tree, tmp_path):

@@ -32,12 +32,13 @@ def run(command: str, *arguments: object, cwd: Path, status: int = 0) -> subproc
     return done
 
 
-def start_training(shards: Path, cwd: Path, *arguments: object) -> subprocess.Popen:
+def start_training(shards: Path, cwd: Path, *arguments: object, stdout: int | None = None) -> subprocess.Popen:
     words = [str(BIN / "alexnet-train"), "--shards", str(shards), *NARROW, *map(str, arguments)]
     return subprocess.Popen(
         words,
         cwd=cwd,
         env=environment(),
+        stdout=stdout,
         stderr=subprocess.PIPE,
         text=True,
         # a suite started in the background ignores SIGINT, and so would its children

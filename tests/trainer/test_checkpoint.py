@@ -2,12 +2,14 @@
 
 import errno
 import hashlib
+import io
 import os
 import pickle
 import random
 from collections import OrderedDict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -72,6 +74,18 @@ def test_what_a_killed_save_left_behind_is_replaced_by_the_next(saved):
     assert names(saved.parent) == [saved.name]
 
 
+@pytest.mark.parametrize(
+    ("value", "where"),
+    [(np.float64(1.0), "state['deep'][0]"), (np.zeros(3), "state['deep'][0]"), ({1, 2}, "state['deep'][0]")],
+)
+def test_a_value_that_could_not_be_loaded_again_is_refused_when_saving(saved, value, where):
+    before = saved.read_bytes()
+    with pytest.raises(TypeError) as caught:
+        checkpoint.save(saved, {"deep": [value]})
+    assert where in str(caught.value)
+    assert saved.read_bytes() == before
+
+
 def test_a_missing_checkpoint_is_named_with_those_beside_it(saved):
     (saved.parent / "best.pt").write_bytes(b"")
     saved.unlink()
@@ -127,15 +141,25 @@ def test_the_file_ends_in_the_checksum_of_all_before_it_as_in_those_made_before(
     assert data[-64:] == hashlib.sha256(data[:-64]).hexdigest().encode()
 
 
+@pytest.mark.parametrize("sizes", [(1, 1, 1, 41), (38, 1, 2, 3), (43, 1), (44,), (2, 42), (0, 44)])
+def test_the_seal_does_not_depend_on_how_the_bytes_come(sizes):
+    data, file = bytes(range(42)) + b"\0\0", io.BytesIO()
+    sealing, start = checkpoint.Sealing(file), 0
+    for size in sizes:
+        assert sealing.write(memoryview(data)[start : start + size]) == size
+        start += size
+    assert start == len(data)
+    sealing.seal()
+    body = data[:-2] + (71).to_bytes(2, "little") + b"sha256 "
+    assert file.getvalue() == body + hashlib.sha256(body).hexdigest().encode()
+
+
 def write_sealed(path, state):
-    """A file as `checkpoint.save` makes it, of any state."""
-    torch.save(state, path)
-    seal(path)
-
-
-def seal(path):
-    with path.open("r+b") as file:
-        checkpoint.seal(file)
+    """A file as `checkpoint.save` makes it, of a state that `save` would not take."""
+    with path.open("wb") as file:
+        sealing = checkpoint.Sealing(file)
+        torch.save(state, sealing)
+        sealing.seal()
 
 
 class Evil:
@@ -166,8 +190,10 @@ def test_a_bare_pickle_is_refused_and_not_run(tmp_path):
 
 def test_a_sound_seal_on_senseless_contents_is_refused(tmp_path):
     path = tmp_path / "odd.pt"
-    path.write_bytes(b"PK\x03\x04 no archive \0\0")
-    seal(path)
+    with path.open("wb") as file:
+        sealing = checkpoint.Sealing(file)
+        sealing.write(b"PK\x03\x04 no archive \0\0")
+        sealing.seal()
     assert "not a checkpoint" in refusal(path)
 
 
@@ -234,6 +260,33 @@ def test_best_stays_what_it_was_when_last_moves_on(saved):
     assert checkpoint.load(best)["step"] == 40
     checkpoint.link(saved, best)
     assert checkpoint.load(best)["step"] == 41
+
+
+@pytest.mark.parametrize("is_link_possible", [True, False])
+def test_a_second_name_is_that_of_what_is_on_disk_and_its_folder_is_synced_after(saved, monkeypatch, is_link_possible):
+    happened, best = [], saved.with_name("best.pt")
+    fsync, replace, link = os.fsync, Path.replace, os.link
+
+    def watched_fsync(descriptor):
+        happened.append(("fsync", str(Path(f"/proc/self/fd/{descriptor}").readlink())))
+        fsync(descriptor)
+
+    def watched_replace(source, target):
+        happened.append(("rename", str(target)))
+        return replace(source, target)
+
+    def watched_link(source, target):
+        if not is_link_possible:
+            raise OSError(errno.EPERM, "Operation not permitted")
+        happened.append(("link", str(target)))
+        link(source, target)
+
+    monkeypatch.setattr(os, "fsync", watched_fsync)
+    monkeypatch.setattr(Path, "replace", watched_replace)
+    monkeypatch.setattr(os, "link", watched_link)
+    checkpoint.link(saved, best)
+    first = ("link" if is_link_possible else "fsync", str(checkpoint._temporary(best)))
+    assert happened == [first, ("rename", str(best)), ("fsync", str(best.parent))]
 
 
 def test_linking_twice_changes_nothing_and_leaves_no_temporary_file(saved):

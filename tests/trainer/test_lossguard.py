@@ -125,6 +125,15 @@ def test_skipping_ends_when_every_step_is_skipped(tmp_path):
     assert len(read_lines(tmp_path / "nonfinite.jsonl")) == 20
 
 
+def test_skipped_steps_that_good_ones_come_between_end_no_run_however_many(tmp_path):
+    guard = LossGuard(ALONE, tmp_path, "skip", [], skipped=15)  # of a run resumed
+    for step in range(1, 201):
+        guard.begin(step, torch.tensor([step]), epoch=1, lr=0.1)
+        is_good = step % 20 == 0  # 19 bad ones in a row, ten times
+        assert guard.may_update(torch.tensor(1.5 if is_good else math.nan)) == is_good
+    assert guard.skipped == 15 + 190
+
+
 def test_the_first_step_that_was_not_finite_is_remembered_without_reading_the_loss(tmp_path):
     guard = LossGuard(ALONE, tmp_path, "stop", [])
     for step, loss in ((41, 1.0), (42, math.inf), (43, math.nan), (44, 1.0)):

@@ -102,7 +102,8 @@ def count_labels(shards: ShardSet, split: str, samples: _Samples | None = None) 
             if not 0 <= label < shards.num_classes:
                 raise UserError(
                     f"{shards.tars(split)[number]}: label {data!r} at byte {offset}, expected {CLS_DIGITS} digits, 0 "
-                    f"to {shards.num_classes - 1}; find out more with `alexnet-prep verify --shards {shards.root}`"
+                    f"to {shards.num_classes - 1}; find out more with `alexnet-prep verify --shards "
+                    f"{quote(str(shards.root))}`"
                 )
             return label
 

@@ -1,9 +1,7 @@
 """Some samples as they are stored and as the network sees them, on a contact sheet."""
 
 import hashlib
-import io
 import tempfile
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +12,7 @@ from numpy.typing import NDArray
 
 from pipeline.colors import ColorStats
 from pipeline.common.errors import UserError
-from pipeline.common.files import write_atomic
+from pipeline.common.pictures import shorten, write_png
 from pipeline.loader import TrainLoader, read_pixels
 from pipeline.manifest import CLS_DIGITS, ENDINGS, KEY_DIGITS, Shard, index_header
 from pipeline.options import LoaderOptions
@@ -140,6 +138,7 @@ FRAMES: tuple[tuple[str, Any], ...] = (("#0072B2", "-"), ("#D55E00", (0, (5, 1.5
                                        ("#CC79A7", (0, (6, 1.5, 1.2, 1.5))))  # fmt: skip
 AXES = (("#000000", "-", "o"), ("#D55E00", "--", "s"), ("#0072B2", ":", "^"))  # colour, line, marker of an axis
 _DPI = 150
+_NAME_LETTERS = 24
 _STYLE: Any = {
     "font.family": "DejaVu Sans",  # comes with matplotlib: the same picture everywhere
     "font.size": 9,
@@ -168,15 +167,10 @@ def write_sheet(samples: list[Sample], colors: ColorStats, path: Path) -> None:
     """Write `sheet_figure` to `path` as a PNG, atomically; the same samples give the same bytes."""
     import matplotlib as mpl
 
-    with mpl.rc_context(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # of a class's name: a box stands for it
+    with mpl.rc_context():
         mpl.rcdefaults()  # whatever the user's matplotlibrc says
         mpl.rcParams.update(_STYLE)
-        figure = sheet_figure(samples, colors)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=_DPI, metadata={"Software": None})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, buffer.getvalue())
+        write_png(sheet_figure(samples, colors), path, _DPI)
 
 
 def sheet_figure(samples: list[Sample], colors: ColorStats) -> "Figure":
@@ -209,7 +203,11 @@ def sheet_figure(samples: list[Sample], colors: ColorStats) -> "Figure":
     for number, sample in enumerate(samples):
         top = _HEAD + number * row
         _show_stored(place(_MARGIN, top, _STORED, _STORED), sample)
-        write(_MARGIN, top + _STORED + 0.05, f"{sample.key}\n{_shorten(sample.class_name)}")
+        write(
+            _MARGIN,
+            top + _STORED + 0.05,
+            f"{sample.key}\n{shorten(sample.class_name.partition(',')[0], _NAME_LETTERS)}",
+        )
         for column, view in enumerate(sample.views):
             left = first + column * (_TILE + _GAP)
             _show_view(place(left, top, _TILE, _TILE), view, column)
@@ -276,11 +274,6 @@ def _describe_axis(colors: ColorStats, axis: int) -> str:
     share = colors.eigenvalues[axis] / max(colors.eigenvalues.sum(), 1e-12)
     direction = ", ".join(f"{part:+.2f}" for part in colors.eigenvectors[:, axis]).replace("-", "−")
     return f"axis {axis + 1}:  σ {np.sqrt(colors.eigenvalues[axis]):.1f},  {share:.1%} of variance,  ({direction})"
-
-
-def _shorten(name: str) -> str:
-    name = " ".join(name.partition(",")[0].split())
-    return name if len(name) <= 24 else name[:23] + "…"
 
 
 def _pick_pixels(samples: list[Sample]) -> NDArray[np.uint8]:

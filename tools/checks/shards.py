@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+from pipeline.common.console import spell_command
 from pipeline.common.errors import UserError
 from pipeline.common.files import read_json
 from pipeline.manifest import CLS_DIGITS, ENDINGS, IMAGE_SIZE_PX, KEY_DIGITS, MANIFEST, Shard, index_header
@@ -78,7 +79,7 @@ def open_index(tar: Path, shard: Shard, ending: str) -> Index:
         check_places(path, shard, ending)
         return read_index(path, shard, ending)
     except UserError as error:
-        hint = f"find out more with `alexnet-prep verify --shards {tar.parent}`"
+        hint = f"find out more with `{spell_command('alexnet-prep', 'verify', shards=tar.parent)}`"
         raise UserError(f"{path}: damaged index ({reason_of(error, path)}); {hint}") from error
 
 

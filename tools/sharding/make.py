@@ -132,7 +132,8 @@ class _Run:
         check_ours(self.store, items, self.plan.job, force=self.force, part=self.part)
         if self.force or not (manifest := find_complete(self.store, items, self.plan.job)):
             return None
-        self.store.delete(JOB_FILE)
+        if JOB_FILE in items:  # else nothing is changed: the disk may be a read-only one
+            self.store.delete(JOB_FILE)
         written = find_finished(self.store, items, self.plan.shards, self.plan.job)
         return self._summarise(written, num_kept=len(manifest.shards), num_prepared=0, was_complete=True)
 
@@ -211,10 +212,12 @@ class _Run:
                 lost = [failure for unit in written.values() if unit.shard.split == split for failure in unit.failures]
                 raise UserError(
                     f"{split}: none of {len(lost)} images can be used, expected at least one; {name_failures(lost)}; "
-                    "mend them and run again with --force"
+                    f"mend them and run again with --force; {self._list_failures(failures)}"
                 )
         if failures:
             self.store.write(FAILURES_FILE, encode_failures(failures))
+        elif FAILURES_FILE in self.store.list():  # of a run that was refused, before the images were mended
+            self.store.delete(FAILURES_FILE)
         options = self.plan.options
         manifest = Manifest(
             schema=SCHEMA,
@@ -234,7 +237,18 @@ class _Run:
         self.store.delete(JOB_FILE)  # no longer unfinished
 
     def _refuse_failures(self, failures: Sequence[Failure]) -> None:
-        refuse_failures(failures, self.max_failures, self.plan.num_images)
+        try:
+            refuse_failures(failures, self.max_failures, self.plan.num_images)
+        except UserError as error:
+            raise UserError(f"{error.args[0]}; {self._list_failures(failures)}") from None
+
+    def _list_failures(self, failures: Sequence[Failure]) -> str:
+        """Write the failures of a job that is refused. Says where they are."""
+        try:
+            self.store.write(FAILURES_FILE, encode_failures(failures))
+        except (OSError, UserError) as error:  # of a folder, of a bucket
+            return f"their list could not be written: {getattr(error, 'strerror', None) or error}"
+        return f"the {len(failures)} so far are listed in {self.store.locate(FAILURES_FILE)}"
 
     def _summarise(
         self,

@@ -32,10 +32,12 @@ def _is_undivided(root: Path) -> bool:
     return len(list(islice(classes, _MIN_CLASSES))) == _MIN_CLASSES
 
 
-def scan(root: Path) -> Listing:
+def scan(root: Path, remarks: list[str] | None = None) -> Listing:
     """List `root`. Raises UserError for a tree without a training image."""
     is_undivided = not (root / "train").is_dir()
-    listing = Listing("folder", root, partial(read_file, root), is_undivided=is_undivided)
+    listing = Listing(
+        "folder", root, partial(read_file, root), remarks=[] if remarks is None else remarks, is_undivided=is_undivided
+    )
     add_train(listing, "" if is_undivided else "train")
     if (root / "val").is_dir() and not is_undivided:
         folders, ignored = list_split(root / "val")

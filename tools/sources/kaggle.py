@@ -28,9 +28,9 @@ def find(root: Path) -> Path | None:
     return root if root.name == "CLS-LOC" and (root / "train").is_dir() else None
 
 
-def scan(root: Path) -> Listing:
+def scan(root: Path, remarks: list[str] | None = None) -> Listing:
     """List the CLS-LOC folder `root`. Raises UserError where labels are missing or do not fit the images."""
-    listing = Listing("kaggle", root, partial(read_file, root))
+    listing = Listing("kaggle", root, partial(read_file, root), remarks=[] if remarks is None else remarks)
     add_train(listing, "train")
     if mapping := _find_list(root, _MAPPING):
         listing.titles = read_mapping(mapping)

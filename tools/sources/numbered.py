@@ -108,11 +108,13 @@ def check_complete(root: Path, files: Iterable[str], *, allow_missing: bool) -> 
 
 
 def list_images(
-    layout: str, root: Path, files: list[str], scan: Callable[[Path], AnyPart]
+    layout: str, root: Path, files: list[str], scan: Callable[[Path], AnyPart], remarks: list[str] | None = None
 ) -> tuple[Listing, tuple[str, ...], list[AnyPart]]:
     """A listing of the images that `scan` finds in each of the files; the files in use, by which entries name them, and
     what else their parts tell (the lists of images are taken out of them)."""
-    splits, remarks = sort_by_split(root, files)
+    remarks = [] if remarks is None else remarks
+    splits, said = sort_by_split(root, files)
+    remarks += said
     used = (*splits["train"], *splits["val"])
     listing = Listing(layout, root, MemberReader(str(root), used), remarks=remarks)
     parts: list[AnyPart] = []

@@ -26,14 +26,16 @@ def find(root: Path) -> Path | None:
     return root if (root / TRAIN).is_file() or (root / VAL).is_file() else None
 
 
-def scan(root: Path) -> Listing:
+def scan(root: Path, remarks: list[str] | None = None) -> Listing:
     """List the tars in `root`. Raises UserError for a missing, truncated or foreign file."""
     if not (root / TRAIN).is_file():
         raise UserError(f"{root}: holds {VAL} and no {TRAIN}, which has the training images; fetch it")
     has_val = (root / VAL).is_file()
     # The kit comes first: it takes a moment, and what is missing should be said before a scan of minutes.
     kit = _read_devkit(root) if has_val else None
-    listing = Listing("official", root, MemberReader(str(root), (TRAIN, VAL)))
+    listing = Listing(
+        "official", root, MemberReader(str(root), (TRAIN, VAL)), remarks=[] if remarks is None else remarks
+    )
     _add_train(listing)
     if kit:
         wnids, titles, truth = kit

@@ -81,7 +81,7 @@ def list_files(root: Path) -> list[str]:
     return find_files(root, FOLDERS, ".parquet")
 
 
-def scan(root: Path) -> Listing:
+def scan(root: Path, remarks: list[str] | None = None) -> Listing:
     """List the files in `root`. Raises UserError for a missing pyarrow, and for damaged or foreign files."""
     try:
         import pyarrow.parquet  # noqa: F401 - here, where its lack can be told in one line
@@ -89,7 +89,7 @@ def scan(root: Path) -> Listing:
         raise UserError(
             f"{root}: reading Parquet needs pyarrow; install it: pip install 'alexnet-dali[parquet]'"
         ) from error
-    listing, files, parts = list_images("parquet", root, list_files(root), _scan_one)
+    listing, files, parts = list_images("parquet", root, list_files(root), _scan_one, remarks)
     if not listing.train:
         raise UserError(f"{root}: no row in {name_some(list(files))}; expected {EXPECTED}")
     if num_slow := sum(part.num_slow for part in parts):

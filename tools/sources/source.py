@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.common.console import note
 from pipeline.common.errors import UserError
 from pipeline.images.imagenet import load_ilsvrc2012
 from pipeline.manifest import SPLITS, ClassEntry
@@ -61,16 +62,19 @@ def open_source(
     keep_open.cache_clear()
     name, at = _find_layout(Path(path), layout)
     module = _MODULES[name]
-    numbered = name in ("parquet", "webdataset")
-    missing = check_complete(at, module.list_files(at), allow_missing=allow_missing) if numbered else ""
+    remarks = [f"{name} layout found in {at}"] if at != Path(path) else []
     has_collector = gc.isenabled()
     gc.disable()  # it would walk over millions of tuples again and again, none of which is in a cycle
     try:
-        listing: Listing = module.scan(at)
-        found = f"{listing.layout} layout found in {at}" if at != Path(path) else ""
-        odd = check_names(listing)
-        listing.remarks = [remark for remark in (found, missing, odd, *listing.remarks) if remark]
+        if name in ("parquet", "webdataset"):
+            remarks += filter(None, [check_complete(at, module.list_files(at), allow_missing=allow_missing)])
+        listing: Listing = module.scan(at, remarks)
+        remarks += filter(None, [check_names(listing)])
         return _make_source(listing, at, val_fraction, seed, None if subset is None else Path(subset))
+    except (UserError, OSError):
+        for remark in remarks:  # there will be no source that has them, and they may say why
+            note(f"{path}: {remark}")
+        raise
     finally:
         if has_collector:
             gc.enable()

@@ -36,24 +36,24 @@ def list_files(root: Path) -> list[str]:
     return [name for name in files if not name.rpartition("/")[2].startswith("ILSVRC2012_")]
 
 
-def scan(root: Path) -> Listing:
+def scan(root: Path, remarks: list[str] | None = None) -> Listing:
     """List the tars in `root`. Raises UserError for truncated tars, images without labels and shards of our own."""
     if any((root / name).is_file() for name in _OWN_FILES):
         raise UserError(
             f"{root}: holds shards made by alexnet-prep, expected full-size images; give what they were made of"
         )
-    listing, files, tars = list_images("webdataset", root, list_files(root), _scan_one)
+    listing, files, tars = list_images("webdataset", root, list_files(root), _scan_one, remarks)
+    if num_others := sum(tar.num_others for tar in tars):
+        listing.remarks.append(f"{num_others:,} members that are neither images nor labels not used")
+    if num_lonely := sum(tar.num_lonely for tar in tars):
+        listing.remarks.append(f"{num_lonely:,} labels without an image")
     dotted = [name for tar in tars for name in tar.dotted]
     told = f"{len(dotted):,} images not used for their names, whose endings begin at the first dot: {name_some(dotted)}"
     if not listing.train:
         reason = f"{told}; write the tars again with no dot in a key" if dotted else f"expected {EXPECTED}"
         raise UserError(f"{root}: no sample in {name_some(list(files))}; {reason}")
-    if num_others := sum(tar.num_others for tar in tars):
-        listing.remarks.append(f"{num_others:,} members that are neither images nor labels not used")
     if dotted:
         listing.remarks.append(f"{told}; expected <key>.jpg, no dot in the key")
-    if num_lonely := sum(tar.num_lonely for tar in tars):
-        listing.remarks.append(f"{num_lonely:,} labels without an image")
     return listing
 
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pipeline.common import console
+from pipeline.common.console import spell_command
 from pipeline.common.errors import UserError
 from trainer.commands.options import (
     GLOBAL_BATCH_SIZE,
@@ -101,7 +102,8 @@ def _open_shards(folder: str) -> "ShardSet":
     if "://" not in folder and not (Path(folder) / MANIFEST).is_file():
         raise UserError(
             f"{folder}: no shards ({MANIFEST}) here; name a folder with --shards, or make synthetic ones: alexnet-prep "
-            f"synth images && alexnet-prep shard images --out {folder} && alexnet-prep pca --shards {folder}"
+            f"synth images && {spell_command('alexnet-prep', 'shard', 'images', '--out', folder)} && "
+            + spell_command("alexnet-prep", "pca", shards=folder)
         )
     opened = ShardSet.open(folder)
     ColorStats.load(opened.root, opened.fingerprint)

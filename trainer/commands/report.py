@@ -19,7 +19,8 @@ from trainer.nets.tables import check_target
 @click.option("--predictions", type=click.Path(path_type=Path, exists=True, dir_okay=False),
               show_default="RUN/predictions.csv if there",
               help="What alexnet-eval --predictions wrote of RUN, for the table of classes; one RUN only.")  # fmt: skip
-@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), show_default="report.html in the first RUN",
+@click.option("--out", type=click.Path(path_type=Path, dir_okay=False),
+              show_default="report.html in RUN; of several, in RUNS/RUN+RUN",
               help="The page to write.")  # fmt: skip
 def report(
     runs_asked: tuple[str, ...],
@@ -33,8 +34,8 @@ def report(
 
     The page needs no network: curves of all runs together, errors beside the published ones, the first layer's
     kernels, eight images with their likeliest classes, nearest training images, the classes it gets wrong, speed,
-    surroundings, and the command to repeat it. Pictures (PNG) go to RUN/figures; those that compare several runs, to
-    the first one's.
+    surroundings, and the command to repeat it. Pictures (PNG) go to RUN/figures. What compares several
+    runs, page and pictures, goes beside them, to RUNS/RUN+RUN.
     """
     if predictions and len(runs_asked) > 1:
         raise click.UsageError("--predictions are those of one RUN; put each run's own in RUN/predictions.csv")
@@ -43,14 +44,16 @@ def report(
     from trainer.record.runs import resolve_run
     from trainer.report.data import read_run
     from trainer.report.page import PAGE, write_page
-    from trainer.report.summary import compare, draw, format_summary, summarise
+    from trainer.report.summary import choose_place, compare, draw, format_summary, summarise
 
-    folders = [resolve_run(runs, run) for run in runs_asked]
+    folders = list({folder.resolve(): folder for run in runs_asked if (folder := resolve_run(runs, run))}.values())
     all_data = [read_run(folder, shards=shards, num_images=num_images, predictions=predictions) for folder in folders]
     for data in all_data:
         console.say(format_summary(summarise(data, draw(data))))
+    place = folders[0]
     if len(all_data) > 1:
-        console.say("\n".join(f"{'all runs':<12}{path}" for path in compare(all_data)))
-    page = out or folders[0] / PAGE
+        place = choose_place(folders)
+        console.say("\n".join(f"{'all runs':<12}{path}" for path in compare(all_data, place)))
+    page = out or place / PAGE
     write_page(all_data, page)
     console.say(f"{'page':<12}{page}")

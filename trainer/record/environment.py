@@ -22,7 +22,7 @@ def environment() -> dict[str, Any]:
     """What the run ran on and with, for environment.json: versions, hardware, commit, command, time. No host name."""
     gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
     driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if gpus else None
-    source = Path(__file__).resolve().parents[1]
+    source = Path(__file__).resolve().parents[2]
     git = ("git", "-C", str(source), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),

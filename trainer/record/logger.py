@@ -92,7 +92,8 @@ class Logger:
         if not self._log:
             return
         if self._voice == "json":
-            print_line({"kind": "end", "status": status, "step": step, "text": said})
+            if not print_line({"kind": "end", "status": status, "step": step, "text": said}):
+                warn(said or f"complete after step {step}; {self.folder / METRICS} has what the JSON lines lack")
         elif said:
             warn(said)
 

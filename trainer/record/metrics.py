@@ -68,7 +68,7 @@ class MetricsLog:
     resumption then loses no line and repeats none.
     """
 
-    def __init__(self, file: BinaryIO, echo: Callable[[dict[str, Any]], None] | None = None) -> None:
+    def __init__(self, file: BinaryIO, echo: Callable[[dict[str, Any]], object] | None = None) -> None:
         self._file, self._echo = file, echo
 
     @classmethod
@@ -76,7 +76,7 @@ class MetricsLog:
         cls,
         path: Path,
         after_step: int | None,
-        echo: Callable[[dict[str, Any]], None] | None = None,
+        echo: Callable[[dict[str, Any]], object] | None = None,
         *,
         epoch: int = sys.maxsize,
     ) -> "MetricsLog":

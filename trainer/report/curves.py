@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from trainer.report.pictures import BLUE, DASHES, GREY, LEAST_PT, VERMILION, look_of, new_figure, shorten, style
+from trainer.report.pictures import BLUE, DASHES, GREY, LEAST_PT, VERMILION, look_of, new_figure, shorten, style, wrap
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -239,7 +239,7 @@ def training_errors_figure(runs: Mapping[str, Sequence[Record]]) -> "Figure":
         colour, dash, marker = look_of(number)
         reached = first_reached(epochs, errors, level)
         when = f"{level:g} % after {reached:.1f} epochs" if reached is not None else f"{level:g} % not reached"
-        shown = f"{shorten(label, _LABEL_LETTERS)}: {when}"
+        shown = f"{wrap(label)}: {when}"
         axes.plot(epochs, errors, color=colour, linestyle=dash, label=shown, marker=marker, markersize=4)
         if reached is not None:
             axes.plot(reached, level, color=colour, marker=marker, markersize=10, linestyle="")
@@ -263,7 +263,7 @@ def overfitting_figure(runs: Mapping[str, Sequence[Record]]) -> "Figure":
             axes.plot(*training_error(metrics, field), color=BLUE, label="training")
             axes.plot(list_values(evals, "epoch"), list_values(evals, field), color=VERMILION, linestyle=DASHES[1],
                       marker="s", markersize=4, label="validation")  # fmt: skip
-        column[0].set_title(shorten(label, _LABEL_LETTERS))
+        column[0].set_title(wrap(label))
         column[1].set_xlabel("epochs")
         column[0].legend(loc="best")
     for axes, unit in zip(panels[:, 0], ("top-1 error (%)", "loss (nats)"), strict=True):

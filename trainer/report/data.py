@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pipeline.colors import ColorStats
+from pipeline.common.console import spell_command
 from pipeline.common.errors import UserError
 from pipeline.shards import ShardSet
 from trainer import checkpoint
@@ -102,7 +103,7 @@ def read_measurements(run: Path) -> list[Record]:
     if not any(record["kind"] in ("train", "eval") for record in metrics):
         raise UserError(
             f"{path}: no measurements yet, expected at least one line of training; "
-            "let the run go on (alexnet-train --resume), or name another run"
+            f"let the run go on ({spell_command('alexnet-train', '--resume', run)}), or name another run"
         )
     return metrics
 

@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from pipeline.colors import ColorStats
-from pipeline.common.console import Progress
+from pipeline.common.console import Progress, spell_command
 from pipeline.common.errors import UserError
 from pipeline.loader import EvalLoader
 from pipeline.manifest import CLS_DIGITS, ENDINGS
@@ -192,4 +192,5 @@ class StoredImages:
                 return np.frombuffer(image, np.uint8).reshape(-1, 256, 3), label
             return simplejpeg.decode_jpeg(image, "RGB"), label
         except (OSError, ValueError) as error:
-            raise UserError(f"{tar}: a sample cannot be read ({error}); see `alexnet-prep verify`") from error
+            hint = spell_command("alexnet-prep", "verify", shards=tar.parent)
+            raise UserError(f"{tar}: a sample cannot be read ({error}); see `{hint}`") from error

@@ -3,6 +3,7 @@
 import io
 import math
 import re
+import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +13,8 @@ from xml.etree import ElementTree
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from pipeline.common.files import write_atomic
+from pipeline.common import pictures
+from pipeline.common.pictures import shorten
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -70,11 +72,8 @@ def new_figure(width: float, height: float) -> "Figure":
 
 @style()
 def write_png(figure: "Figure", path: Path) -> None:
-    """Write a figure, atomically; folders are made. The same figure gives the same bytes."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})  # no version: the same bytes anywhere
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, buffer.getvalue())
+    """Write a figure in our style, as `pipeline.common.pictures.write_png` does."""
+    pictures.write_png(figure, path, DPI)
 
 
 @style()
@@ -87,7 +86,7 @@ def to_svg(figure: "Figure", name: str, classes: str = "chart") -> str:
     import matplotlib as mpl
 
     buffer = io.BytesIO()
-    with mpl.rc_context({"svg.hashsalt": name}):
+    with mpl.rc_context({"svg.hashsalt": name}), pictures.without_glyph_warnings():
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     lines = {line.get_gid(): line for axes in figure.axes for line in axes.lines if line.get_gid()}
     root = ElementTree.fromstring(buffer.getvalue())
@@ -139,10 +138,9 @@ def swatch_figure(run: int) -> "Figure":
     return figure
 
 
-def shorten(name: str, limit: int) -> str:
-    """A name from a file as one printable line of at most `limit` characters: what is drawn is never markup."""
-    line = " ".join("".join(letter if letter.isprintable() else " " for letter in name).split())
-    return line if len(line) <= limit else line[: limit - 1].rstrip() + "…"
+def wrap(name: str) -> str:
+    """The same, of at most 120 characters, in lines of 40: for a legend."""
+    return "\n".join(textwrap.wrap(shorten(name, 120), 40))
 
 
 def name_class(names: Sequence[str], index: int, limit: int = 20) -> str:

@@ -1,16 +1,20 @@
 """A run's pictures, and the few numbers one asks for first."""
 
+import hashlib
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from trainer.report.curves import curves_figure, name_runs, overfitting_figure, training_errors_figure
+from trainer.record.runs import CONFIG
+from trainer.report.curves import curves_figure, overfitting_figure, training_errors_figure
 from trainer.report.data import RunData, count_towers
 from trainer.report.diagram import network_figure
 from trainer.report.pictures import guesses_figure, kernels_figure, neighbours_figure, write_png
 
 FIGURES = "figures"
+_LONGEST_NAME = 150  # bytes of a folder's name; file systems take 255
+_SAID_OF_CONFIG = ("seed", "shards", "world_size", "device")
 
 
 def draw(data: RunData) -> list[Path]:
@@ -30,20 +34,53 @@ def draw(data: RunData) -> list[Path]:
     return [data.run / FIGURES / name for name in figures]
 
 
-def compare(runs: Sequence[RunData]) -> list[Path]:
-    """Draw several runs into the first one's figures: training errors as the paper's figure 1, and training beside
-    validation. Returns the paths."""
+def choose_place(runs: Sequence[Path]) -> Path:
+    """The folder for what compares several runs, beside the first of them: ONE+OTHER, which is no run's name."""
+    names, first = [run.resolve().name for run in runs], runs[0]
+    name = "+".join(names)
+    if len(name.encode()) > _LONGEST_NAME:
+        name = f"{names[0]}+{len(names) - 1}-others-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    parent = first.parent if first.name == names[0] else first.resolve().parent
+    while (parent / name / CONFIG).exists():  # a run's folder after all, renamed by somebody
+        name += "+"
+    return parent / name
+
+
+def compare(runs: Sequence[RunData], folder: Path) -> list[Path]:
+    """Draw several runs into `folder`: training errors as the paper's figure 1, and training beside validation. Returns
+    the paths."""
     metrics = dict(zip(label_runs(runs), (data.metrics for data in runs), strict=True))
-    paths = [runs[0].run / FIGURES / name for name in ("training_errors.png", "training_and_validation.png")]
+    paths = [folder / name for name in ("training_errors.png", "training_and_validation.png")]
     write_png(training_errors_figure(metrics), paths[0])
     write_png(overfitting_figure(metrics), paths[1])
     return paths
 
 
 def label_runs(runs: Sequence[RunData]) -> list[str]:
-    """A label for each run, all different: what sets their recipes apart, else their names, else their folders."""
-    labels = name_runs([data.name for data in runs], [data.config.get("recipe", {}) for data in runs])
-    return labels if len(set(labels)) == len(labels) else [str(data.run) for data in runs]
+    """A label for each run: its name, or its folder where two have one name, and all that sets these runs apart."""
+    names = [data.name for data in runs]
+    if len(set(names)) < len(names):
+        names = [str(data.run) for data in runs]
+    settings = [_list_settings(data.config) for data in runs]
+    known = list(dict.fromkeys(field for each in settings for field in each))
+    differing = [field for field in known if len({each[field] for each in settings if field in each}) > 1]
+    told = [", ".join(each[field] for field in differing if field in each) for each in settings]
+    return [f"{name}: {text}" if text else name for name, text in zip(names, told, strict=True)]
+
+
+def _list_settings(config: Mapping[str, Any]) -> dict[str, str]:
+    """What a run was asked to do, each as it is said."""
+    recipe, weights, parallel = (config.get(name) or {} for name in ("recipe", "weights", "parallel"))
+    said = {
+        field: str(value) if field == "activation" else f"{'recipe' if field == 'name' else field} {value}".lower()
+        for field, value in recipe.items()
+    }
+    said |= {name: f"{name.replace('_', ' ')} {config[name]}" for name in _SAID_OF_CONFIG if name in config}
+    if recipe:
+        said["weights"] = f"from {weights.get('source')}" if weights else "from new weights"
+    if "world_size" in config:
+        said["parallel"] = f"{parallel.get('mode', 'data')} parallel"
+    return said
 
 
 def summarise(data: RunData, figures: Sequence[Path] = ()) -> dict[str, Any]:

@@ -107,7 +107,8 @@ class Board:
     def show(self, samples: Samples, step: int) -> None:
         """The images that `look` will ask about, in rows of four at half their size."""
         self._samples = samples
-        small = np.concatenate([samples.pixels, np.zeros_like(samples.pixels[: -len(samples.pixels) % 4])])[:, ::2, ::2]
+        small = samples.pixels[:, ::2, ::2]
+        small = np.concatenate([small, np.zeros((-len(small) % 4, *small.shape[1:]), np.uint8)])
         page = np.concatenate([np.concatenate(list(row), axis=1) for row in small.reshape(-1, 4, *small.shape[1:])])
         self._write_image("samples/images", page, step)
 

@@ -178,13 +178,20 @@ def test_what_is_no_state_is_refused_and_the_loader_goes_on_as_it_was(make_train
     assert record(loader) == record(undisturbed)
 
 
-@pytest.mark.parametrize("name", ["DALI version", "graph", "device"])
-def test_a_state_of_another_dali_graph_or_device_is_refused(make_train, name):
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("DALI version", "install that version of nvidia-dali-cuda120"),
+        ("graph", "go on with the version of alexnet-dali that saved it"),
+        ("device", "resume with the same settings"),
+    ],
+)
+def test_a_state_of_another_dali_graph_or_device_is_refused(make_train, name, remedy):
     loader = make_train()
     state = loader.state_dict()
     signature = json.loads(state["signature"])
     signature[name] = "another"
-    with pytest.raises(UserError, match=f"saved with {name} another, this one has .*; resume with the same settings"):
+    with pytest.raises(UserError, match=f"saved with {name} another, this one has .*; {remedy}, or start"):
         loader.load_state_dict({**state, "signature": json.dumps(signature)})
     del signature[name]  # a state from before it was written down
     with pytest.raises(UserError, match=f"saved with {name} None"):

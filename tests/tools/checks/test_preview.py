@@ -231,7 +231,7 @@ def test_the_same_samples_give_the_same_bytes_at_150_dots_per_inch(samples, colo
     assert contactsheet._DPI == 150
 
 
-@pytest.mark.parametrize("name", ["$x_{$", "日本", "<b>\\frac"], ids=ascii)
+@pytest.mark.parametrize("name", ["$x_{$", "日本", "<b>\\frac", "caf\udce9"], ids=ascii)
 def test_a_class_may_be_called_anything_and_nothing_is_said_of_it(samples, colors, tmp_path, recwarn, name):
     write_sheet([replace(samples[0], class_name=name)], colors, tmp_path / "sheet.png")
     assert (tmp_path / "sheet.png").is_file() and not list(recwarn)

@@ -1,6 +1,8 @@
 """Images that cannot be used: named with their reason, counted against the limit, and never in the way of others."""
 
+import errno
 import json
+from pathlib import Path
 
 import pytest
 
@@ -8,7 +10,9 @@ from pipeline.common.errors import UserError
 from pipeline.common.files import read_json
 from pipeline.shards import ShardSet
 from tests.sharding import BROKEN, hash_output, make, read_samples
+from tools.sharding.lock import Part
 from tools.sharding.output import Failure, limit_failures, refuse_failures
+from tools.sharding.store import FolderStore
 
 
 def test_a_broken_image_leaves_a_gap_and_changes_no_other_byte(tree, tmp_path):
@@ -65,6 +69,45 @@ def test_too_many_failures_stop_the_run_and_leave_no_manifest(tree, tmp_path):
     assert make(tree, tmp_path / "out", max_failures="3").num_failures == 3
 
 
+def read_failures(out: Path) -> set[str]:
+    return {json.loads(line)["source"] for line in (out / "failures.jsonl").read_text().splitlines()}
+
+
+@pytest.mark.parametrize("part", [None, Part(1, 1)])
+def test_a_job_that_is_refused_lists_its_failures_and_says_where(tree, tmp_path, part):
+    broken = {f"train/dog/dog_{number}.png" for number in range(3)}
+    images = {name: (tree / name).read_bytes() for name in broken}
+    for name in broken:
+        (tree / name).write_bytes(BROKEN)
+    out = tmp_path / "out"
+    for _ in range(2):  # the second time, of shards that are kept too
+        with pytest.raises(UserError, match="cannot be used, limit 1") as caught:
+            make(tree, out, num_workers=1, part=part)
+        assert f"listed in {out}/failures.jsonl" in str(caught.value)
+        assert len(read_failures(out)) > 1 and read_failures(out) <= broken
+    for name, data in images.items():
+        (tree / name).write_bytes(data)
+    done = make(tree, out, num_workers=1, part=part, max_failures="100%")
+    assert done.is_complete and done.num_failures == (len(read_failures(out)) if done.num_failures else 0)
+    assert (out / "failures.jsonl").exists() == bool(done.num_failures)
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left"), UserError("s3://x: No space left")], ids=str)
+def test_a_list_that_cannot_be_written_does_not_hide_the_failures(tree, tmp_path, monkeypatch, error):
+    for number in range(3):
+        (tree / f"train/dog/dog_{number}.png").write_bytes(BROKEN)
+    write = FolderStore.write
+
+    def refuse(store, name, data):
+        if name == "failures.jsonl":
+            raise error
+        write(store, name, data)
+
+    monkeypatch.setattr(FolderStore, "write", refuse)
+    with pytest.raises(UserError, match=r"limit 1.*; their list could not be written: .*No space left"):
+        make(tree, tmp_path / "out", num_workers=1)
+
+
 def test_failures_of_shards_kept_from_before_count(tree, tmp_path):
     for number in range(3):
         (tree / f"train/dog/dog_{number}.png").write_bytes(BROKEN)
@@ -99,6 +142,7 @@ def test_a_split_of_which_nothing_is_left_is_an_error_and_not_a_set(tree, tmp_pa
         UserError, match=r"val: none of 4 images can be used, expected at least one; 'val/cat/cat_0.png'"
     ):
         make(tree, tmp_path / "out", max_failures="100%")
+    assert len(read_failures(tmp_path / "out")) == 4
     assert not (tmp_path / "out/manifest.json").exists()
 
 

@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import json
 import os
 import subprocess
 import sys
@@ -48,7 +49,8 @@ def list_locks(store: FolderStore) -> list[str]:
 
 
 @pytest.mark.parametrize("job", ["job", "another job"])
-def test_a_second_job_is_refused_and_told_who_is_there(store, job):
+def test_a_second_job_is_refused_and_told_who_is_there(store, job, monkeypatch):
+    monkeypatch.setattr(locking, "POLL_S", "at once")  # a refusal does not sleep
     with start_holder(store, "job") as holder:
         for refuse in (lambda: lock_store(store, job, None).__enter__(), lambda: refuse_held(store, job, None)):
             with pytest.raises(UserError) as caught:
@@ -127,13 +129,26 @@ def test_a_lock_that_is_held_counts_whatever_is_in_it(store, content):
         holder.stdin.close()
 
 
+def test_a_lock_that_is_held_by_another_machine_refuses(store):
+    """A container is one, too: there a number of a process says nothing here."""
+    with start_holder(store, "job") as holder:
+        path = store.root / ".lock"
+        raw = json.loads(path.read_bytes())
+        path.write_text(json.dumps({**raw, "machine": "0123abcd", "pid": 2**22, "ticks": 1}))
+        with pytest.raises(UserError, match=f"in use by process {2**22} on"), lock_store(store, "job", None):
+            pass
+        holder.stdin.close()
+
+
 def test_a_lock_with_line_breaks_is_still_told_in_one_line(store):
     with start_holder(store, "job") as holder:
         path = store.root / ".lock"
-        path.write_bytes(path.read_bytes().replace(b'"-c', b'"x\\n\\ny' + b"z" * 1000))
+        raw = json.loads(path.read_bytes())
+        odd = {name: "x\n\ny" + "z" * 1000 for name in ("command", "host", "started")}
+        path.write_text(json.dumps({**raw, **odd}))
         with pytest.raises(UserError, match="x y") as caught, lock_store(store, "job", None):
             pass
-        assert "\n" not in str(caught.value) and len(str(caught.value)) < 1000
+        assert "\n" not in str(caught.value) and len(str(caught.value)) < 2000
         holder.stdin.close()
 
 

@@ -1,5 +1,6 @@
 """Shards: what the contract promises, and the same bytes however they come about."""
 
+import errno
 import hashlib
 import io
 import json
@@ -22,6 +23,7 @@ from pipeline.common.machine import machine_id
 from pipeline.manifest import Manifest
 from pipeline.shards import ShardSet
 from tests.sharding import hash_output, make, read_samples
+from tools.sharding.lock import Part
 from tools.sharding.make import make_shards
 from tools.sharding.output import TEMPORARY_AGE_S, find_finished
 from tools.sharding.store import FolderStore
@@ -161,6 +163,21 @@ def test_a_complete_output_is_recognised_and_left_alone(tree, tmp_path):
     assert again.was_complete and not first.was_complete
     assert (again.images, again.shards, again.num_bytes) == (first.images, first.shards, first.num_bytes)
     assert {path.name: path.stat().st_mtime_ns for path in first.out.iterdir()} == before
+
+
+def test_a_finished_output_is_looked_at_on_a_disk_that_takes_no_write(small_tree, tmp_path, monkeypatch):
+    """As a read-only mount answers: it refuses to remove a file that is not there, too."""
+    out = make(small_tree, tmp_path / "out").out
+    before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
+
+    def refuse(*_arguments, **_options):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    for place, name in ((Path, "unlink"), (Path, "mkdir"), (Path, "replace"), (os, "fsync"), (Path, "write_bytes")):
+        monkeypatch.setattr(place, name, refuse)
+    for part in (None, Part(1, 2)):
+        assert make(small_tree, out, part=part).was_complete
+    assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == before
 
 
 def test_an_unfinished_output_is_completed_to_the_same_bytes_and_what_was_finished_is_kept(tree, tmp_path, capsys):

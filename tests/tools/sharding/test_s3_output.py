@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.common.errors import UserError
-from pipeline.common.machine import machine_id, started_ticks
+from pipeline.common.machine import is_running, machine_id, started_ticks
 from pipeline.shards import ShardSet
 from tests.sharding import BROKEN, PREP, hash_output, make, prep, wait_until, wait_until_gone
 from tools.sharding import lock as locking
@@ -226,6 +226,7 @@ def test_a_lock_of_another_machine_holds_until_it_is_old_by_the_clock_of_the_buc
 def test_a_process_that_got_the_number_of_a_dead_one_does_not_hold_its_lock(s3_bucket, monkeypatch, capsys):
     store = open_store(f"{s3_bucket.url}/out")
     pid, ticks = os.getpid(), started_ticks(os.getpid())
+    assert is_running(pid) and is_running(pid, ticks) and not is_running(pid, ticks - 1)
     monkeypatch.setattr(BucketStore, "tell_time_s", lambda self: 4e9)  # however long it was silent
     write_lock(store, machine=machine_id(), pid=pid, ticks=ticks)
     with pytest.raises(UserError, match=f"in use by process {pid} "), lock_store(store, "j", None):

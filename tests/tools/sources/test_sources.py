@@ -89,6 +89,39 @@ def test_remarks_tell_of_empty_classes_missing_val_and_unlabelled_test(tmp_path)
     assert "no folder val/" in text and "test/ not used" in text
 
 
+IN_TARS = ["no name tells train or val", "1 members that are neither", "1 labels without an image"]
+NO_CLASSES = {"subset": "none.txt"}
+LOST = {  # what is there, options, the error that ends it, and the remarks before it
+    "a stray file": (("train/a/1.JPEG", "train/LICENSE", "val/b/2.JPEG"), {}, "1 classes without training images",
+                     ["train: 1 other files and folders not used: 'LICENSE'"]),
+    "an empty split": (("train/a/1.JPEG", "train/LICENSE", "val/README"), {}, "no image in a class folder",
+                       ["train: 1 other files and folders not used: 'LICENSE'"]),
+    "a folder down": (("x/train/a/1.JPEG", "x/test/1.JPEG"), NO_CLASSES, "1 classes that",
+                      ["folder layout found in", "test/ not used"]),
+    "kaggle": (("ILSVRC/Data/CLS-LOC/train/a/1.JPEG", "ILSVRC/Data/CLS-LOC/val/README"), {}, "holds no image",
+               ["kaggle layout found in", "LOC_synset_mapping.txt not found"]),
+    "webdataset": (("x.tar",), NO_CLASSES, "1 classes that",
+                   [IN_TARS[0], "classes are called by their numbers", *IN_TARS[1:]]),
+    "webdataset, no sample": (("y.tar",), {}, "no sample in", IN_TARS),
+}  # fmt: skip
+TARS = {"x.tar": ("1.jpg", "1.cls", "2.cls", "odd"), "y.tar": ("2.cls", "odd")}
+
+
+@pytest.mark.parametrize("kind", LOST)
+def test_remarks_are_told_before_the_error_that_follows_them(tmp_path, capsys, kind):
+    names, options, error, remarks = LOST[kind]
+    fill(tmp_path / "s", *names)
+    for name in set(names) & set(TARS):
+        (tmp_path / "s" / name).write_bytes(build_tar([(member, b"0") for member in TARS[name]]))
+    (tmp_path / "none.txt").write_text("none")
+    with pytest.raises(UserError, match=error):
+        open_source(tmp_path / "s", **{name: tmp_path / value for name, value in options.items()})
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == len(remarks), told
+    for line, remark in zip(told, remarks, strict=True):
+        assert line.startswith(f"{tmp_path / 's'}: {remark}")
+
+
 def test_a_file_name_that_is_not_utf8_is_listed_and_read(tmp_path):
     folder = os.fsencode(fill(tmp_path, "train/a/1.JPEG") / "train/a")
     Path(os.fsdecode(folder + b"/\xff.JPEG")).write_bytes(b"odd")

@@ -21,11 +21,11 @@ WAYS = ["native", "torch"]
 
 @pytest.fixture
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """native.c, or torch's operations in blocks of a few rows, so that small maps take several and a remainder."""
+    """Compiled, native.c, or torch's operations in blocks of a few rows: small maps take several and a remainder."""
     if request.param == "torch":
         monkeypatch.setattr(lrn_module, "load_native", lambda: None)
         monkeypatch.setattr(lrn_module, "_BLOCK_ELEMENTS", 60)
-    elif load_native() is None:
+    elif request.param == "native" and load_native() is None:
         pytest.skip("no C compiler")
     return str(request.param)
 
@@ -79,6 +79,20 @@ def test_a_compiled_graph_has_the_same_lrn_in_plain_operations(relu: bool) -> No
     expected, expected_gradient = expect(x, gradient, relu, num_towers=2, **STRONG)
     np.testing.assert_allclose(result.detach().numpy(), expected, rtol=1e-10)
     np.testing.assert_allclose(x.grad.numpy(), expected_gradient, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("way", [*WAYS, "compiled"], indirect=True)
+@pytest.mark.parametrize("zero", [0.0, -0.0])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_no_gradient_passes_a_relu_whose_input_is_exactly_zero(way: str, zero: float, dtype: torch.dtype) -> None:
+    x = torch.arange(-3.0, 4.0).repeat(36).reshape(3, 12, 7, 1)
+    x = torch.where(x == 0, zero, x).to(dtype).requires_grad_()
+    gradient = torch.ones_like(x)
+    norm = torch.compile(local_response_norm, backend="eager") if way == "compiled" else local_response_norm
+    norm(x, relu=True, **STRONG).backward(gradient)
+    _, expected = expect(x, gradient, True, **STRONG)
+    assert (x.grad[x == 0] == 0).all() and (x == 0).sum() == 36
+    np.testing.assert_allclose(x.grad.double().numpy(), expected, rtol=2**-8, atol=2**-8)
 
 
 @pytest.mark.parametrize("way", WAYS, indirect=True)

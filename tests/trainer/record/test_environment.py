@@ -3,14 +3,20 @@
 import json
 import platform
 import re
+import shutil
 import socket
+import subprocess
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
 import torch
 
 from trainer.record import environment as module
 from trainer.record.environment import environment
+
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def test_the_record_is_json_and_names_versions_hardware_command_and_time(monkeypatch):
@@ -35,6 +41,15 @@ def test_no_host_name_is_recorded(monkeypatch):
     record = environment()
     assert "secret-host" not in str(record)
     assert not {"host", "hostname", "node", "user"} & record.keys()
+
+
+def test_the_commit_of_a_checkout_is_recorded():
+    if not (ROOT / ".git").exists() or shutil.which("git") is None:
+        pytest.skip("not a checkout, or no git here")
+    head = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    if head.returncode:
+        pytest.skip(f"git does not read this checkout: {head.stderr.strip()}")
+    assert environment()["git_commit"].removesuffix("-dirty") == head.stdout.strip()
 
 
 def test_a_machine_without_git_or_the_packages_is_recorded_with_gaps(monkeypatch, tmp_path):

@@ -228,7 +228,8 @@ def test_the_command_writes_the_page_where_it_is_told_and_reads_the_predictions_
     call(runs[0], "--images", 0, "--predictions", predictions, "--out", target)
     assert "from mine.csv" in target.read_text() and str(target) in capsys.readouterr().out
     call(*runs, "--images", 0)
-    assert (runs[0] / "report.html").is_file() and not (runs[1] / "report.html").exists()
+    assert (runs[0].with_name(f"{WILD_RUN}+other") / "report.html").is_file()
+    assert not any((run / "report.html").exists() for run in runs)
 
 
 def test_predictions_of_one_run_are_not_taken_for_those_of_two_and_a_target_is_checked_first(runs, tmp_path):

@@ -1,6 +1,7 @@
 """A report says what the run's files say, and says in one line what is missing."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,8 +14,8 @@ from trainer.model import AlexNet
 from trainer.recipe import RECIPES, override, to_dict
 from trainer.record.metrics import MetricsLog
 from trainer.record.runs import BEST, CHECKPOINTS, LAST, METRICS, create_run, write_config
-from trainer.report.data import read_run
-from trainer.report.summary import compare, draw, format_summary, summarise
+from trainer.report.data import RunData, read_run
+from trainer.report.summary import choose_place, compare, draw, format_summary, label_runs, summarise
 
 TRAIN = {"loss": 2.0, "top1_error": 80.0, "top5_error": 30.0, "lr": 0.01, "time_s": 1.0}
 EVAL = {"num_images": 200, "loss": 1.5}
@@ -192,9 +193,73 @@ def test_several_runs_are_compared_by_what_differs(trained, tmp_path, monkeypatc
     monkeypatch.setattr("trainer.report.summary.training_errors_figure", lambda runs: runs)
     monkeypatch.setattr("trainer.report.summary.overfitting_figure", lambda runs: runs)
     monkeypatch.setattr("trainer.report.summary.write_png", lambda runs, path: drawn.update({path.name: runs}))
-    assert [path.name for path in compare([read_run(trained), read_run(other)])] == list(drawn)
+    place = tmp_path / "place"
+    assert compare([read_run(trained), read_run(other)], place) == [place / name for name in drawn]
     assert list(drawn) == ["training_errors.png", "training_and_validation.png"]
-    assert [list(runs) for runs in drawn.values()] == [["relu", "tanh"]] * 2
+    assert [list(runs) for runs in drawn.values()] == [label_runs([read_run(trained), read_run(other)])] * 2
     monkeypatch.undo()
-    for path in compare([read_run(trained), read_run(other)]):
+    for path in compare([read_run(trained), read_run(other)], place):
         Image.open(path).verify()
+
+
+def label(folder, *configs):
+    """The labels of runs in folders a/run, b/run, ... or, given with a name, in that."""
+    found = []
+    for name, config in configs:
+        run = folder / name
+        run.mkdir(parents=True)
+        write_config(run, config)
+        found.append(RunData(run, config, {}, []))
+    return label_runs(found)
+
+
+BASE = {"recipe": to_dict(RECIPES["demo"]), "seed": 0, "shards": "/s", "world_size": 1, "device": "cpu"}
+
+
+def base_with(*settings, **config):
+    return {**BASE, "recipe": to_dict(override(RECIPES["demo"], settings)), **config}
+
+
+@pytest.mark.parametrize(
+    ("configs", "expected"),
+    [
+        ([("a", BASE), ("b", BASE)], ["a", "b"]),
+        ([("a", BASE), ("b", base_with("activation=tanh"))], ["a: relu", "b: tanh"]),
+        ([("a", BASE), ("b", base_with("activation=tanh")), ("c", BASE)], ["a: relu", "b: tanh", "c: relu"]),
+        (
+            [("a", BASE), ("b", base_with("dropout=0.25", "lr=1", "width=0.5", "momentum=0.5"))],
+            ["a: width 0.25, dropout 0.2, momentum 0.9, lr 0.005", "b: width 0.5, dropout 0.25, momentum 0.5, lr 1.0"],
+        ),
+        ([("a", BASE), ("b", {**BASE, "seed": 1, "shards": "/t"})], ["a: seed 0, shards /s", "b: seed 1, shards /t"]),
+        (
+            [("a", BASE), ("b", {**BASE, "world_size": 2, "parallel": {"mode": "columns"}})],
+            ["a: world size 1, data parallel", "b: world size 2, columns parallel"],
+        ),
+        (
+            [("a", BASE), ("b", {**BASE, "weights": {"source": "runs/a"}})],
+            ["a: from new weights", "b: from runs/a"],
+        ),
+        ([("a", {}), ("b", BASE)], ["a", "b"]),
+    ],
+)
+def test_the_label_of_a_run_is_its_name_and_all_that_differs(configs, expected, tmp_path):
+    assert label(tmp_path, *configs) == expected
+
+
+def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path):
+    assert label(tmp_path, ("x/run", BASE), ("y/run", BASE)) == [str(tmp_path / "x/run"), str(tmp_path / "y/run")]
+
+
+def test_a_comparison_has_a_place_of_its_own_whatever_the_runs_are_called(tmp_path, monkeypatch):
+    runs = [tmp_path / name for name in ("small", "paper", "x" * 200)]
+    for run in runs:
+        run.mkdir()
+    assert choose_place(runs[:2]) == tmp_path / "small+paper"
+    assert choose_place(runs[1::-1]) == tmp_path / "paper+small"
+    long, other = choose_place(runs), choose_place([runs[0], runs[2]])
+    assert long != other and long.parent == tmp_path and long.name.startswith("small+2-others-")
+    (tmp_path / "small+paper").mkdir()
+    write_config(tmp_path / "small+paper", BASE)
+    assert choose_place(runs[:2]) == tmp_path / "small+paper+"
+    monkeypatch.chdir(runs[0])
+    assert choose_place([Path(), runs[1]]) == tmp_path / "small+paper+"

@@ -102,6 +102,20 @@ def test_the_first_layer_and_the_samples_are_pictures(material, model, tmp_path)
     assert np.array_equal(page[112:, 112:224], crops[5, ::2, ::2])
 
 
+@pytest.mark.parametrize("num", [1, 2, 3, 5])
+def test_any_number_of_samples_fills_rows_of_four(num, material, tmp_path):
+    samples = read_samples(*material, PAPER, num)
+    board = open_board(tmp_path, *material, PAPER, None)
+    board.show(samples, 32)
+    board.close()
+    event = read_back(tmp_path).Images("samples/images")[-1]
+    page = np.asarray(Image.open(io.BytesIO(event.encoded_image_string)))
+    assert page.shape == (112 * -(-num // 4), 448, 3)
+    last = (num - 1) % 4 * 112
+    assert np.array_equal(page[-112:, last : last + 112], samples.pixels[-1, ::2, ::2])
+    assert not page[-112:, last + 112 :].any()
+
+
 def test_the_answers_are_those_of_an_evaluation_with_names_as_they_are(material, model, tmp_path):
     shards, colors = material
     samples = read_samples(shards, colors, PAPER)

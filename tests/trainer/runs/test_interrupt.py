@@ -10,13 +10,17 @@ import signal
 import subprocess
 import sys
 import termios
+import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from pipeline.common import console
 from tests.trainer import running
 from trainer import checkpoint
+from trainer.distributed import Ranks
+from trainer.safety import StopRequest
 
 BIN, ROOT = Path(sys.executable).parent, Path(__file__).resolve().parents[3]
 HIDE_CURSOR, SHOW_CURSOR = b"\x1b[?25l", b"\x1b[?25h"
@@ -114,7 +118,25 @@ def test_ctrl_c_leaves_the_terminal_as_it_was_and_says_how_to_go_on(ready_shards
     assert terminal.after == terminal.before
     said = terminal.shown.decode()
     assert "epoch 1/50" in said and "total" in said and "waiting for data" in said
-    assert "go on with: alexnet-train --resume runs/demo" in said.replace("\r\n", " ")
+    answer = "SIGINT: finishing the step, saving; Ctrl-C again to leave without saving"
+    assert said.count(answer) == 1
+    assert "go on with: alexnet-train --resume runs/demo" in said.partition(answer)[2].replace("\r\n", " ")
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_is_answered_at_once_however_long_the_step_takes(number, status, capfd):
+    said, deadline = "", time.monotonic() + 60
+    with StopRequest(Ranks(0, 1, torch.device("cpu"))) as stop:
+        os.kill(os.getpid(), number)
+        while not said.endswith("\n"):  # nobody has asked `stop` yet
+            assert time.monotonic() < deadline
+            said += capfd.readouterr().err
+        assert stop.status() == status
+        if number == signal.SIGINT:
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(number)
+    assert said.startswith(f"{number.name}: finishing the step, saving")
+    assert ("Ctrl-C again to leave without saving" in said) == (number == signal.SIGINT)
 
 
 @pytest.mark.parametrize(("on_hangup", "status"), [(signal.SIG_DFL, 129), (signal.SIG_IGN, 0)], ids=["", "under nohup"])

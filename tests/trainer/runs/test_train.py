@@ -10,9 +10,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 
 from pipeline.manifest import MANIFEST
 from tests.trainer.running import (
@@ -25,6 +27,7 @@ from tests.trainer.running import (
     start_training,
 )
 from trainer import checkpoint
+from trainer.train import Run
 
 
 def wait_for_middle_of_epoch_2(process: subprocess.Popen, run_folder: Path) -> None:
@@ -67,6 +70,34 @@ def test_a_complete_run_says_so_and_what_comes_next_also_when_it_is_resumed(fini
     done = run("alexnet-train", "--resume", "demo", cwd=tmp_path)
     assert "complete after epoch 3; next: alexnet-eval runs/demo, alexnet-report runs/demo\n" in done.stderr
     assert run("alexnet-train", "--resume", "demo", "--quiet", cwd=tmp_path).stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("variables", "cache_dir", "expected"),
+    [
+        ({}, None, "alexnet-train --resume 'my runs/demo'"),
+        ({"ALEXNET_SHARDS": "my shards"}, None, "alexnet-train --resume 'my runs/demo'"),
+        ({"ALEXNET_SHARDS": "others"}, None, "alexnet-train --resume 'my runs/demo' --shards 'my shards'"),
+        ({}, "my cache", "alexnet-train --resume 'my runs/demo' --cache-dir 'my cache'"),
+        ({"ALEXNET_CACHE": "my cache"}, "my cache", "alexnet-train --resume 'my runs/demo'"),
+        ({"GPUS": "2"}, None, "alexnet-train --resume 'my runs/demo' --gpus 0"),
+    ],
+)
+def test_how_to_go_on_has_the_flags_that_differ_from_what_would_be_taken(variables, cache_dir, expected, monkeypatch):
+    for name in ("ALEXNET_SHARDS", "ALEXNET_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: int(variables.get("GPUS", "0")))
+    job = SimpleNamespace(shards="my shards", cache_dir=cache_dir, use_gpu=False)
+    run = SimpleNamespace(job=job, ranks=SimpleNamespace(world_size=1))
+    assert Run._spell(run, "alexnet-train", "--resume", Path("my runs/demo")) == expected
+
+
+def test_a_run_in_a_folder_with_a_space_is_named_in_quotes(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "my runs" / "demo")
+    done = run("alexnet-train", "--resume", "my runs/demo", cwd=tmp_path)
+    assert done.stderr.endswith("next: alexnet-eval 'my runs/demo', alexnet-report 'my runs/demo'\n")
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -117,12 +148,31 @@ def test_report_draws_every_picture_of_a_run_and_those_of_several_and_names_them
     copy = tmp_path / "runs" / "demo"
     shutil.copytree(finished, copy)
     shutil.copytree(finished, copy.with_name("again"))
-    said = run("alexnet-report", "demo", "again", "--images", "10", cwd=tmp_path).stdout
-    assert "</html>" in (copy / "report.html").read_text() and str(Path("runs", "demo", "report.html")) in said
+    run("alexnet-report", "demo", "--images", "10", cwd=tmp_path)
+    alone = (copy / "report.html").read_bytes()
+    said = run("alexnet-report", "demo", "again", "runs/demo", "--images", "10", cwd=tmp_path).stdout
+    assert (copy / "report.html").read_bytes() == alone
+    both = tmp_path / "runs" / "demo+again"
+    assert "</html>" in (both / "report.html").read_text() and "runs/demo+again/report.html" in said
     assert "not drawn" not in said
     one = ("curves.png", "conv1_kernels.png", "network.png", "guesses.png", "neighbours.png")
-    for picture in (*one, "training_errors.png", "training_and_validation.png"):
-        assert picture in said and (copy / "figures" / picture).read_bytes().startswith(b"\x89PNG")
+    pictures = [copy / "figures" / name for name in one]
+    for picture in (*pictures, both / "training_errors.png", both / "training_and_validation.png"):
+        assert str(picture.relative_to(tmp_path)) in said and picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_one_image_one_class_one_shard_and_a_batch_of_one_are_enough_for_every_command(tmp_path):
+    for split in ("train", "val"):
+        (tmp_path / "source" / split / "only").mkdir(parents=True)
+        Image.effect_noise((300, 280), 50).convert("RGB").save(tmp_path / "source" / split / "only" / "one.jpg")
+    run("alexnet-prep", "shard", "source", cwd=tmp_path)
+    run("alexnet-prep", "pca", cwd=tmp_path)
+    run("alexnet-train", *NARROW, "--global-batch-size", 1, cwd=tmp_path)
+    evaluations = [record for record in read_records(tmp_path / "runs" / "demo") if record["kind"] == "eval"]
+    assert [(record["num_images"], record["top1_error"]) for record in evaluations] == [(1, 0.0)] * 3
+    assert json.loads(run("alexnet-eval", "demo", "--json", cwd=tmp_path).stdout)["top1_error"] == 0.0
+    assert "not drawn" not in run("alexnet-report", "demo", cwd=tmp_path).stdout
+    assert "1.0000 only" in run("alexnet-predict", "source/val/only/one.jpg", cwd=tmp_path).stdout
 
 
 def test_bench_reports_the_rate_of_the_loader_with_its_spread(ready_shards, tmp_path):
