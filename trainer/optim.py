@@ -31,7 +31,7 @@ class PaperSGD(torch.optim.SGD):
         self.register_step_pre_hook(_put_rate_into_velocity)  # a step() of our own would call others' hooks twice
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As `state_dict` gave it, or an earlier version, whose state was the velocity itself."""
+        """What state_dict() gave, here or in an earlier version, whose state was the velocity itself."""
         groups, state = state_dict["param_groups"], state_dict["state"]
         if any("decay" in group for group in groups):
             groups = [{**self.defaults, **group, "weight_decay": group["decay"], "buffer_lr": 1.0} for group in groups]
