@@ -94,7 +94,7 @@ class TrainLoader:
             seed=seed,
         )  # fmt: skip
         self.transform, self._shards = transform, shards
-        self._num_steps = shards.num_samples("train") // global_batch_size
+        self._num_steps = num_steps = shards.num_samples("train") // global_batch_size
         self._signature = {
             "DALI version": version("nvidia-dali-cuda120"),
             "graph": GRAPH_VERSION,
@@ -112,9 +112,11 @@ class TrainLoader:
 
         def start(checkpoint: bytes | None = None, num_taken: int = 0) -> BatchStream:
             graph = train_graph(shards, colors, transform, spec, checkpoint=checkpoint)
-            return BatchStream(graph, (*NUMBERS, *DRAWS), shards, spec, self._num_steps, num_taken)
+            return BatchStream(graph, (*NUMBERS, *DRAWS), shards, spec, num_steps, num_taken)
 
-        self._start = start
+        self._start = (
+            start  # without self in it: a loader's memory is free when nobody holds it, not one collection later
+        )
         self._stream, self._at = start(), _Place(1, 0)
 
     def __len__(self) -> int:
@@ -283,7 +285,7 @@ class EvalLoader:
             raise UserError(f"{shards.root}: no {kind} images; {GET_VAL}")
         self.transform = transform = replace(transform, lighting=None, crop=False, flip=False)
         self._views = (10,) if crops == "ten" else ()
-        self._num_steps = math.ceil(math.ceil(num_samples / num_parts) / batch_size)
+        self._num_steps = num_steps = math.ceil(math.ceil(num_samples / num_parts) / batch_size)
         self._num_images = 0
         self.keys = torch.empty(0, dtype=torch.int64, device="cpu")
         if rank < num_parts:
@@ -292,7 +294,7 @@ class EvalLoader:
 
         def start() -> BatchStream:
             graph = eval_graph(shards, colors, transform, spec, crops)
-            return BatchStream(graph, NUMBERS, shards, spec, self._num_steps)
+            return BatchStream(graph, NUMBERS, shards, spec, num_steps)
 
         self._start = start
         self._idle = start() if self._num_images else None  # at the start of an epoch

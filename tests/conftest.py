@@ -31,8 +31,8 @@ def no_safe_path(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def give_memory_back() -> Iterator[None]:
-    """DALI's pipelines are in reference cycles and hold their batches until the collector comes; a command ends before,
-    a process that runs thousands of tests grew to 5 GiB."""
+    """What is freed stays with a process (trainer/kernels/native.py asks for that): one that runs thousands of tests
+    grew to 5 GiB."""
     yield
     resident_bytes = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     if resident_bytes > 1 << 30:

@@ -1,9 +1,11 @@
 """However a loop is left and come back to: every epoch has len(loader) steps, a sample is delivered or not consumed."""
 
+import gc
 import itertools
 import os
 import sys
 import threading
+import weakref
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,21 @@ from tests.pipeline.loader.test_faults import garble_one_image
 
 ASKED = ("keys", "_read_number")  # by the test, of a batch that was delivered
 TRACED = (str(Path(pipeline.__file__).parent), threading.__file__)
+
+
+@pytest.mark.parametrize("kind", ["train", "eval"])
+def test_a_loader_that_nobody_holds_is_gone_at_once_with_all_that_its_graph_holds(kind, make_train, make_eval):
+    gc.disable()
+    try:
+        loader = make_train() if kind == "train" else make_eval(crops="ten", batch_size=8)
+        list_images(loader)
+        stream = loader._stream if kind == "train" else loader._idle
+        held = [weakref.ref(one) for one in (loader, stream, stream._pipeline)]
+        assert all(one() is not None for one in held)
+        del loader, stream
+        assert [one() for one in held] == [None, None, None]
+    finally:
+        gc.enable()
 
 
 def take_islice(loader, num):
